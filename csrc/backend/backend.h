@@ -1,0 +1,115 @@
+/* The block table: what a backend computes for a model.
+ *
+ * The model layer (csrc/model) walks over the layers and owns all memory; a backend turns one block's inputs into its
+ * outputs and does not know its neighbours. The model does not know which backend runs. A block is a residual branch
+ * with its norm, so that a device can fuse all of it:
+ *
+ *     attention   mid = x   + attention(norm(x))        mlp   out = mid + mlp(norm(mid))
+ *     classifier  loss = cross_entropy(head(norm(x)), targets)
+ *
+ * Pointers that an architecture has no use for are NULL (a Llama has no biases; a model without q/k-norm has no
+ * qk_raw). Backward functions get the gradient of the block's output in `dx` and leave the gradient of its input
+ * there; they add to (accumulate != 0) or overwrite the weight gradients of matrices, and always add to those of
+ * vectors, which the model has zeroed. */
+#ifndef ANELLM_BACKEND_BACKEND_H
+#define ANELLM_BACKEND_BACKEND_H
+
+#include "anellm.h"
+
+/* One layer's weights, or their gradients. Matrices are (out, in). */
+struct anellm_layer_weights {
+    float *attn_norm;  /* (dim) */
+    float *qkv;        /* (q_dim + 2 kv_dim, dim): q, k, v rows one behind the other */
+    float *q_norm;     /* (head_dim) */
+    float *k_norm;     /* (head_dim) */
+    float *wo;         /* (dim, q_dim) */
+    float *mlp_norm;   /* (dim) */
+    float *gate_up;    /* (2 hidden_dim, dim): gate rows, then up rows */
+    float *down;       /* (dim, hidden_dim) */
+};
+struct anellm_head_weights {
+    float *norm;       /* (dim) */
+    float *classifier; /* (vocab_size, dim) */
+};
+
+/* What forward keeps for backward, per layer ("taps"). */
+struct anellm_layer_saved {
+    float *x;          /* (N, dim) input of the attention block */
+    float *attn_rstd;  /* (N) */
+    float *qk_raw;     /* (N, q_dim + kv_dim) q and k before q/k-norm */
+    float *qk_rstd;    /* (n_heads + n_kv_heads, N) */
+    float *qkv;        /* (N, q_dim + 2 kv_dim) after q/k-norm and RoPE */
+    float *lse;        /* (B, n_heads, T) */
+    float *attn;       /* (N, q_dim) output of attention before wo */
+    float *mid;        /* (N, dim) input of the mlp block */
+    float *mlp_rstd;   /* (N) */
+    float *gate_up;    /* (N, 2 hidden_dim); backward overwrites it */
+};
+struct anellm_head_saved {
+    float *x;          /* (N, dim) input of the final norm */
+    float *rstd;       /* (N) */
+    float *h;          /* (N, dim) the normed x */
+    float *lse;        /* (N) */
+    float *logits;     /* (chunk_rows, vocab_size); holds all logits when chunk_rows == N */
+    int64_t chunk_rows;
+};
+
+/* Scratch of one step. scratch_a and scratch_b never overlap; contents do not survive a call. */
+struct anellm_workspace {
+    float *h;          /* (N, dim) */
+    float *scratch_a;  /* (N, hidden_dim), or in training (N, max(hidden_dim, q_dim + 2 kv_dim)) */
+    float *scratch_b;  /* (N, q_dim); training only */
+};
+
+struct anellm_step {
+    const anellm_config *config;
+    int64_t B, T;                             /* N = B * T */
+    const float *rope_cos, *rope_sin;         /* (T, head_dim / 2) */
+    const struct anellm_workspace *workspace;
+    int accumulate;                           /* backward: add to the gradients of matrices */
+};
+
+struct anellm_backend {
+    const char *name;
+    /* Per-model state; *state may stay NULL. */
+    int (*open)(void **state, const anellm_config *config);
+    void (*close)(void *state);
+    /* OK, or UNSUPPORTED with the reason. */
+    int (*supports)(const anellm_config *config, int64_t B, int64_t T);
+    /* The parameters of the model were written to: staged copies are stale. */
+    int (*weights_changed)(void *state);
+
+    int (*attention_forward)(void *state, const struct anellm_step *step, float *mid,
+                             const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved);
+    int (*attention_backward)(void *state, const struct anellm_step *step, float *dx,
+                              const struct anellm_layer_weights *dw, const struct anellm_layer_weights *w,
+                              const struct anellm_layer_saved *saved);
+    int (*mlp_forward)(void *state, const struct anellm_step *step, float *out, const struct anellm_layer_weights *w,
+                       const struct anellm_layer_saved *saved);
+    int (*mlp_backward)(void *state, const struct anellm_step *step, float *dx, const struct anellm_layer_weights *dw,
+                        const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved);
+    /* targets and losses (N) may be NULL together; logits (N, vocab_size) may be NULL. */
+    int (*classifier_forward)(void *state, const struct anellm_step *step, float *losses, float *logits,
+                              const int32_t *targets, const struct anellm_head_weights *w,
+                              const struct anellm_head_saved *saved);
+    /* Gradient of scale * sum of the losses; dx (N, dim) is overwritten. */
+    int (*classifier_backward)(void *state, const struct anellm_step *step, float *dx,
+                               const struct anellm_head_weights *dw, const int32_t *targets, float scale,
+                               const struct anellm_head_weights *w, const struct anellm_head_saved *saved);
+};
+
+/* The backend of that name ("cpu"), or NULL. */
+const struct anellm_backend *anellm_backend_find(const char *name);
+extern const struct anellm_backend anellm_backend_cpu;
+
+/* Attention over a cache of keys and values; always on the CPU. k_cache, v_cache (max_tokens, kv_dim) hold `start`
+ * rows; n rows are appended. x (n, dim) is replaced by x + attention(norm(x)). scratch: n * (dim + 2 q_dim + 2 kv_dim)
+ * floats; lse: n_heads * n floats. rope_cos, rope_sin point at row `start` of their tables. */
+int anellm_cpu_attention_decode(const anellm_config *config, float *x, float *k_cache, float *v_cache, int64_t start,
+                                int64_t n, const float *rope_cos, const float *rope_sin, float *scratch, float *lse,
+                                const struct anellm_layer_weights *w);
+
+static inline int64_t anellm_q_dim(const anellm_config *c) { return (int64_t)c->n_heads * c->head_dim; }
+static inline int64_t anellm_kv_dim(const anellm_config *c) { return (int64_t)c->n_kv_heads * c->head_dim; }
+
+#endif

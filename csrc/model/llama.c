@@ -1,0 +1,333 @@
+/* Llama: token embedding, n_layers x (attention block, mlp block), classifier block.
+ *
+ * Architecture: Touvron et al. 2023 (arXiv 2302.13971) with grouped-query attention (Ainslie et al. 2023, arXiv
+ * 2305.13245) and, optionally, RMSNorm of q and k per head (Qwen3, arXiv 2505.09388). RoPE is half-split, in the
+ * memory order of Hugging Face. */
+#include "core/status.h"
+#include "model/model.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+/* ---- parameters: the order of this table is the order in memory ------------------------------------------------ */
+
+/* q, k, v lie one behind the other, as do gate and up: each group is one matrix to the backend. */
+enum layer_tensor { ATTN_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_NORM, K_NORM, O_PROJ, MLP_NORM, GATE, UP, DOWN, N_LAYER_TENSORS };
+
+static const char *const layer_tensor_names[N_LAYER_TENSORS] = {
+    "input_layernorm",  "self_attn.q_proj", "self_attn.k_proj",         "self_attn.v_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj",    "mlp.up_proj",
+    "mlp.down_proj"};
+
+static void layer_tensor_shape(int64_t shape[2], const anellm_config *c, int which) {
+    const int64_t dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
+    const int64_t shapes[N_LAYER_TENSORS][2] = {
+        [ATTN_NORM] = {dim, 0},     [Q_PROJ] = {q, dim},        [K_PROJ] = {kv, dim}, [V_PROJ] = {kv, dim},
+        [Q_NORM] = {c->head_dim, 0}, [K_NORM] = {c->head_dim, 0}, [O_PROJ] = {dim, q},  [MLP_NORM] = {dim, 0},
+        [GATE] = {hidden, dim},     [UP] = {hidden, dim},       [DOWN] = {dim, hidden}};
+    shape[0] = shapes[which][0];
+    shape[1] = shapes[which][1];
+}
+
+static int layer_tensor_present(const anellm_config *c, int which) {
+    return c->qk_norm || (which != Q_NORM && which != K_NORM);
+}
+
+static int64_t shape_size(const int64_t shape[2]) { return shape[1] == 0 ? shape[0] : shape[0] * shape[1]; }
+
+static int64_t layer_tensor_offset(const anellm_config *c, int which) {
+    int64_t offset = 0, shape[2];
+    for (int i = 0; i < which; ++i) {
+        if (!layer_tensor_present(c, i)) continue;
+        layer_tensor_shape(shape, c, i);
+        offset += shape_size(shape);
+    }
+    return offset;
+}
+
+static int64_t layer_size(const anellm_config *c) { return layer_tensor_offset(c, N_LAYER_TENSORS); }
+static int64_t layer_count(const anellm_config *c) { return c->qk_norm ? N_LAYER_TENSORS : N_LAYER_TENSORS - 2; }
+static int64_t embedding_size(const anellm_config *c) { return (int64_t)c->vocab_size * c->dim; }
+static int64_t layers_end(const anellm_config *c) { return embedding_size(c) + c->n_layers * layer_size(c); }
+
+static int64_t llama_n_tensors(const anellm_config *c) {
+    return 2 + c->n_layers * layer_count(c) + (c->tie_embeddings ? 0 : 1);
+}
+
+/* Which tensor of its layer the index-th tensor is; only for indices inside the layers. */
+static int which_layer_tensor(const anellm_config *c, int64_t index_in_layer) {
+    int which = 0;
+    for (int64_t seen = -1; which < N_LAYER_TENSORS; ++which) {
+        if (layer_tensor_present(c, which)) ++seen;
+        if (seen == index_in_layer) break;
+    }
+    return which;
+}
+
+static void set_info(anellm_tensor_info *info, int kind, int64_t rows, int64_t columns, int64_t offset) {
+    info->kind = kind;
+    info->ndim = columns == 0 ? 1 : 2;
+    info->shape[0] = rows;
+    info->shape[1] = columns;
+    info->offset = offset;
+    info->size = shape_size(info->shape);
+}
+
+static void llama_tensor(anellm_tensor_info *info, const anellm_config *c, int64_t index) {
+    memset(info, 0, sizeof *info);
+    const int64_t in_layers = index - 1, per_layer = layer_count(c), after = in_layers - c->n_layers * per_layer;
+    if (index == 0) {
+        snprintf(info->name, sizeof info->name, "model.embed_tokens.weight");
+        set_info(info, ANELLM_TENSOR_EMBEDDING, c->vocab_size, c->dim, 0);
+    } else if (after < 0) {
+        const int64_t layer = in_layers / per_layer;
+        const int which = which_layer_tensor(c, in_layers % per_layer);
+        int64_t shape[2];
+        layer_tensor_shape(shape, c, which);
+        snprintf(info->name, sizeof info->name, "model.layers.%lld.%s.weight", (long long)layer,
+                 layer_tensor_names[which]);
+        set_info(info, shape[1] == 0 ? ANELLM_TENSOR_VECTOR : ANELLM_TENSOR_MATRIX, shape[0], shape[1],
+                 embedding_size(c) + layer * layer_size(c) + layer_tensor_offset(c, which));
+    } else if (after == 0) {
+        snprintf(info->name, sizeof info->name, "model.norm.weight");
+        set_info(info, ANELLM_TENSOR_VECTOR, c->dim, 0, layers_end(c));
+    } else {
+        snprintf(info->name, sizeof info->name, "lm_head.weight");
+        set_info(info, ANELLM_TENSOR_MATRIX, c->vocab_size, c->dim, layers_end(c) + c->dim);
+    }
+}
+
+static float llama_init_scale(const anellm_config *c, int64_t index) {
+    anellm_tensor_info info;
+    llama_tensor(&info, c, index);
+    if (info.kind == ANELLM_TENSOR_VECTOR) return 0.0f;
+    const int64_t in_layers = index - 1;
+    if (info.kind == ANELLM_TENSOR_EMBEDDING || in_layers >= c->n_layers * layer_count(c)) return 1.0f;
+    /* The two matrices that write to the residual stream start smaller by the square root of their number: GPT-2,
+     * Radford et al. 2019, section 2.3. */
+    const int which = which_layer_tensor(c, in_layers % layer_count(c));
+    return which == O_PROJ || which == DOWN ? 1.0f / sqrtf(2.0f * (float)c->n_layers) : 1.0f;
+}
+
+static struct anellm_layer_weights layer_weights(const anellm_config *c, float *base, int64_t layer) {
+    float *p = base + embedding_size(c) + layer * layer_size(c);
+    return (struct anellm_layer_weights){
+        .attn_norm = p + layer_tensor_offset(c, ATTN_NORM),
+        .qkv = p + layer_tensor_offset(c, Q_PROJ),
+        .q_norm = c->qk_norm ? p + layer_tensor_offset(c, Q_NORM) : NULL,
+        .k_norm = c->qk_norm ? p + layer_tensor_offset(c, K_NORM) : NULL,
+        .wo = p + layer_tensor_offset(c, O_PROJ),
+        .mlp_norm = p + layer_tensor_offset(c, MLP_NORM),
+        .gate_up = p + layer_tensor_offset(c, GATE),
+        .down = p + layer_tensor_offset(c, DOWN),
+    };
+}
+
+static struct anellm_head_weights head_weights(const anellm_config *c, float *base) {
+    float *norm = base + layers_end(c);
+    return (struct anellm_head_weights){.norm = norm, .classifier = c->tie_embeddings ? base : norm + c->dim};
+}
+
+/* ---- activations ------------------------------------------------------------------------------------------------ */
+
+enum {
+    LOGITS_KEPT_BYTES = 64 << 20, /* up to here all logits are kept for backward; above, they are recomputed in chunks */
+    LOGITS_CHUNK_BYTES = 32 << 20,
+    MIN_CHUNK_ROWS = 64
+};
+
+struct plan {
+    struct anellm_layer_saved layers; /* of layer 0; layer l lies l * layer_stride floats further */
+    int64_t layer_stride;             /* 0 without training: all layers share one */
+    float *last_x;                    /* (N, dim) output of the last layer */
+    struct anellm_head_saved head;
+    struct anellm_workspace workspace;
+    float *dx;                        /* (N, dim) */
+    int64_t kept_bytes, scratch_bytes;
+};
+
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static float *carve(char *base, int64_t *offset, int64_t n_floats) {
+    float *at = base == NULL ? NULL : (float *)(void *)(base + *offset);
+    *offset += (n_floats * (int64_t)sizeof(float) + 63) / 64 * 64;
+    return at;
+}
+
+/* Lay the activations out from `base`; with base == NULL only the sizes are of use. */
+static void make_plan(struct plan *plan, char *base, const anellm_config *c, int64_t B, int64_t T, int training) {
+    const int64_t N = B * T, dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
+    memset(plan, 0, sizeof *plan);
+    int64_t at = 0;
+    struct anellm_layer_saved *s = &plan->layers;
+    s->x = carve(base, &at, N * dim);
+    s->attn_rstd = carve(base, &at, N);
+    if (c->qk_norm) {
+        s->qk_raw = carve(base, &at, N * (q + kv));
+        s->qk_rstd = carve(base, &at, N * (c->n_heads + c->n_kv_heads));
+    }
+    s->qkv = carve(base, &at, N * (q + 2 * kv));
+    s->lse = carve(base, &at, N * c->n_heads);
+    s->attn = carve(base, &at, N * q);
+    s->mid = carve(base, &at, N * dim);
+    s->mlp_rstd = carve(base, &at, N);
+    s->gate_up = carve(base, &at, N * 2 * hidden);
+    if (training) {
+        plan->layer_stride = at / (int64_t)sizeof(float);
+        at *= c->n_layers;
+        plan->last_x = carve(base, &at, N * dim);
+    } else {
+        plan->last_x = s->x;
+    }
+    struct anellm_head_saved *head = &plan->head;
+    const int64_t row_bytes = (int64_t)c->vocab_size * (int64_t)sizeof(float);
+    const int keep_all = N * row_bytes <= LOGITS_KEPT_BYTES;
+    head->x = plan->last_x;
+    head->rstd = carve(base, &at, N);
+    head->h = carve(base, &at, N * dim);
+    head->lse = carve(base, &at, N);
+    head->chunk_rows = keep_all ? N : min64(N, max64(MIN_CHUNK_ROWS, LOGITS_CHUNK_BYTES / row_bytes));
+    head->logits = carve(base, &at, head->chunk_rows * c->vocab_size);
+    plan->kept_bytes = at;
+    plan->workspace.h = carve(base, &at, N * dim);
+    plan->workspace.scratch_a = carve(base, &at, N * max64(training ? q + 2 * kv : 0, hidden));
+    if (training) {
+        plan->workspace.scratch_b = carve(base, &at, N * q);
+        plan->dx = carve(base, &at, N * dim);
+    }
+    plan->scratch_bytes = at - plan->kept_bytes;
+}
+
+static struct anellm_layer_saved layer_saved(const struct plan *plan, int64_t layer) {
+    struct anellm_layer_saved s = plan->layers;
+    const int64_t shift = layer * plan->layer_stride;
+    float **const taps[] = {&s.x, &s.attn_rstd, &s.qk_raw, &s.qk_rstd, &s.qkv, &s.lse, &s.attn, &s.mid, &s.mlp_rstd,
+                            &s.gate_up};
+    for (size_t i = 0; i < sizeof taps / sizeof taps[0]; ++i)
+        if (*taps[i] != NULL) *taps[i] += shift;
+    return s;
+}
+
+static void llama_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *c, int64_t B, int64_t T,
+                              int training) {
+    struct plan plan;
+    make_plan(&plan, NULL, c, B, T, training);
+    *kept_bytes = plan.kept_bytes;
+    *scratch_bytes = plan.scratch_bytes;
+}
+
+static struct anellm_step make_step(const anellm_model *model, const struct plan *plan) {
+    const anellm_config *c = &model->config;
+    float *cos_table = model->rope.base;
+    return (struct anellm_step){.config = c,
+                                .B = model->B,
+                                .T = model->T,
+                                .rope_cos = cos_table,
+                                .rope_sin = cos_table + model->rope_len * (c->head_dim / 2),
+                                .workspace = &plan->workspace};
+}
+
+/* ---- forward and backward ----------------------------------------------------------------------------------------- */
+
+static int llama_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
+                         const int32_t *targets, int training) {
+    const anellm_config *c = &model->config;
+    const struct anellm_backend *backend = model->backend;
+    float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
+    struct plan plan;
+    make_plan(&plan, model->activations.base, c, model->B, model->T, training);
+    const struct anellm_step step = make_step(model, &plan);
+
+    ANELLM_TRY(anellm_embedding_forward(plan.layers.x, params, tokens, model->B * model->T, c->dim, c->vocab_size));
+    for (int64_t layer = 0; layer < c->n_layers; ++layer) {
+        const struct anellm_layer_weights w = layer_weights(c, params, layer);
+        const struct anellm_layer_saved saved = layer_saved(&plan, layer);
+        float *out = layer + 1 < c->n_layers ? layer_saved(&plan, layer + 1).x : plan.last_x;
+        ANELLM_TRY(backend->attention_forward(model->backend_state, &step, saved.mid, &w, &saved));
+        ANELLM_TRY(backend->mlp_forward(model->backend_state, &step, out, &w, &saved));
+    }
+    const struct anellm_head_weights head = head_weights(c, params);
+    return backend->classifier_forward(model->backend_state, &step, losses, logits, targets, &head, &plan.head);
+}
+
+/* Vector gradients are always added to, and so is the embedding's: they start from zero. Matrix gradients are
+ * overwritten by the first matmul that reaches them. */
+static void zero_added_gradients(const anellm_config *c, float *grads) {
+    for (int64_t layer = 0; layer < c->n_layers; ++layer) {
+        const struct anellm_layer_weights dw = layer_weights(c, grads, layer);
+        memset(dw.attn_norm, 0, (size_t)c->dim * sizeof(float));
+        memset(dw.mlp_norm, 0, (size_t)c->dim * sizeof(float));
+        if (c->qk_norm) memset(dw.q_norm, 0, 2 * (size_t)c->head_dim * sizeof(float)); /* k_norm follows q_norm */
+    }
+    memset(head_weights(c, grads).norm, 0, (size_t)c->dim * sizeof(float));
+    if (!c->tie_embeddings) memset(grads, 0, (size_t)embedding_size(c) * sizeof(float));
+}
+
+static int llama_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
+                          int accumulate) {
+    const anellm_config *c = &model->config;
+    const struct anellm_backend *backend = model->backend;
+    float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
+    float *grads = anellm_model_section(model, ANELLM_SECTION_GRADS);
+    struct plan plan;
+    make_plan(&plan, model->activations.base, c, model->B, model->T, 1);
+    struct anellm_step step = make_step(model, &plan);
+    step.accumulate = accumulate;
+    if (!accumulate) zero_added_gradients(c, grads);
+
+    const struct anellm_head_weights head = head_weights(c, params), dhead = head_weights(c, grads);
+    ANELLM_TRY(backend->classifier_backward(model->backend_state, &step, plan.dx, &dhead, targets, scale, &head,
+                                            &plan.head));
+    for (int64_t layer = c->n_layers - 1; layer >= 0; --layer) {
+        const struct anellm_layer_weights w = layer_weights(c, params, layer), dw = layer_weights(c, grads, layer);
+        const struct anellm_layer_saved saved = layer_saved(&plan, layer);
+        ANELLM_TRY(backend->mlp_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
+        ANELLM_TRY(backend->attention_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
+    }
+    return anellm_embedding_backward(grads, plan.dx, tokens, model->B * model->T, c->dim, c->vocab_size);
+}
+
+/* ---- decoding with a cache ---------------------------------------------------------------------------------------- */
+
+static int llama_decode(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n) {
+    const anellm_config *c = &model->config;
+    const int64_t dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
+    float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
+    const struct anellm_head_weights head = head_weights(c, params);
+    const float *cos_table = model->rope.base, *sin_table = cos_table + model->rope_len * (c->head_dim / 2);
+    float *x = cache->scratch.base, *scratch = x + ANELLM_DECODE_CHUNK * dim;
+    float *lse = scratch + ANELLM_DECODE_CHUNK * max64(dim + 2 * q + 2 * kv, dim + 3 * hidden);
+
+    for (int64_t done = 0; done < n; done += ANELLM_DECODE_CHUNK) {
+        const int64_t rows = min64(n - done, ANELLM_DECODE_CHUNK), start = cache->length + done;
+        const int64_t table_row = start * (c->head_dim / 2);
+        ANELLM_TRY(anellm_embedding_forward(x, params, tokens + done, rows, dim, c->vocab_size));
+        for (int64_t layer = 0; layer < c->n_layers; ++layer) {
+            const struct anellm_layer_weights w = layer_weights(c, params, layer);
+            float *keys = (float *)cache->keys_values.base + layer * 2 * cache->max_tokens * kv;
+            float *h = scratch, *gate_up = h + rows * dim, *act = gate_up + rows * 2 * hidden;
+            ANELLM_TRY(anellm_cpu_attention_decode(c, x, keys, keys + cache->max_tokens * kv, start, rows,
+                                                   cos_table + table_row, sin_table + table_row, scratch, lse, &w));
+            ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, x, dim, w.mlp_norm, rows, dim, c->norm_eps));
+            ANELLM_TRY(anellm_matmul(gate_up, 2 * hidden, h, dim, 0, w.gate_up, dim, 1, rows, 2 * hidden, dim, 0));
+            ANELLM_TRY(anellm_swiglu_forward(act, gate_up, rows, hidden));
+            ANELLM_TRY(anellm_matmul(x, dim, act, hidden, 0, w.down, hidden, 1, rows, dim, hidden, 1));
+        }
+        if (done + rows < n) continue;
+        const float *last = x + (rows - 1) * dim;
+        ANELLM_TRY(anellm_rmsnorm_forward(scratch, dim, NULL, last, dim, head.norm, 1, dim, c->norm_eps));
+        ANELLM_TRY(anellm_matmul(logits, c->vocab_size, scratch, dim, 0, head.classifier, dim, 1, 1, c->vocab_size,
+                                 dim, 0));
+    }
+    return ANELLM_OK;
+}
+
+const struct anellm_architecture anellm_arch_llama = {.n_tensors = llama_n_tensors,
+                                              .tensor = llama_tensor,
+                                              .activations = llama_activations,
+                                              .init_scale = llama_init_scale,
+                                              .forward = llama_forward,
+                                              .backward = llama_backward,
+                                              .decode = llama_decode};

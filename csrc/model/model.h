@@ -1,0 +1,66 @@
+/* A model inside: its memory, its backend, and the table that an architecture fills. */
+#ifndef ANELLM_MODEL_MODEL_H
+#define ANELLM_MODEL_MODEL_H
+
+#include "anellm.h"
+#include "backend/backend.h"
+#include "core/arena.h"
+
+#include <stdatomic.h>
+
+/* Sections of a model's arena, in walking order. */
+enum { ANELLM_SECTION_PARAMS, ANELLM_SECTION_GRADS, ANELLM_SECTION_M, ANELLM_SECTION_V, ANELLM_N_SECTIONS };
+
+struct anellm_model {
+    anellm_config config;
+    const struct anellm_architecture *arch;
+    const struct anellm_backend *backend;
+    void *backend_state;
+    struct anellm_arena arena;
+    int64_t n_tensors, n_floats;
+    struct anellm_block activations; /* taps and scratch of the current batch shape */
+    struct anellm_block rope;        /* cos (rope_len, head_dim/2), then sin */
+    int64_t rope_len;
+    struct anellm_block batch;       /* copies of tokens (N) and targets (N), and losses (N), for backward */
+    int64_t B, T, n_targets;
+    int backward_ready;              /* the activations are those of a training forward, not yet consumed */
+    atomic_int busy;
+};
+
+/* One architecture (llama.c, later gpt2.c). The caller has checked every argument and holds the model. */
+struct anellm_architecture {
+    int64_t (*n_tensors)(const anellm_config *config);
+    void (*tensor)(anellm_tensor_info *info, const anellm_config *config, int64_t index);
+    /* Bytes of the activation block, split into what is kept for backward and what is scratch. */
+    void (*activations)(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *config, int64_t B, int64_t T,
+                        int training);
+    /* Standard deviation of tensor `index` at initialisation, in units of the base one; 0 means filled with ones. */
+    float (*init_scale)(const anellm_config *config, int64_t index);
+    int (*forward)(anellm_model *model, float *losses, float *logits, const int32_t *tokens, const int32_t *targets,
+                   int training);
+    int (*backward)(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale, int accumulate);
+    int (*decode)(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n);
+};
+extern const struct anellm_architecture anellm_arch_llama;
+const struct anellm_architecture *anellm_arch_of(const anellm_config *config);
+
+/* Keys and values of the tokens seen so far, and the scratch to add more. */
+struct anellm_kvcache {
+    anellm_config config;
+    struct anellm_block keys_values; /* per layer: k (max_tokens, kv_dim), v (max_tokens, kv_dim) */
+    struct anellm_block scratch;
+    int64_t max_tokens, length;
+    atomic_int busy;
+};
+enum { ANELLM_DECODE_CHUNK = 64 };   /* tokens of a prompt that go through the layers together */
+
+/* Take the model for this thread: OK or BUSY. Every taken model is released. */
+int anellm_model_take(anellm_model *model, const char *function);
+void anellm_model_release(anellm_model *model);
+/* Make the RoPE tables hold at least `length` positions. */
+int anellm_model_reserve_rope(anellm_model *model, int64_t length);
+float *anellm_model_section(const anellm_model *model, int section);
+/* RANGE unless every id is in [0, vocab_size) (or is `ignore`, where that is not 0). */
+int anellm_check_ids(const char *name, const int32_t *ids, int64_t n, int64_t vocab_size, int32_t ignore);
+
+#endif

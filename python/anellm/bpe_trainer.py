@@ -1,0 +1,136 @@
+"""A small deterministic byte-pair trainer, in the manner of sentencepiece's, for a few thousand tokens."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+from collections import Counter, defaultdict
+
+from anellm.errors import InvalidError
+from anellm.tokenizer import BYTE_PIECES, FIRST_PIECE_ID, Tokenizer, split_documents
+
+_SPECIAL = (b"<unk>", b"\n<s>\n", b"\n</s>\n")
+# Merges stay inside one of: letters with at most a space and an apostrophe in front ("king", " 'tis", "'s"); a run of
+# punctuation with at most a space in front; a single digit; a single other character, a newline among them. So a piece
+# holds a space only in front, never a newline beside anything, and numbers are spelt digit by digit.
+_WORD = re.compile(r" ?'?[^\W\d_]+| ?(?:[^\w\s]|_)+|\s|.", re.DOTALL)
+
+Symbols = list[int]
+Pair = tuple[int, int]
+
+
+def train_bpe(text: str, vocab_size: int) -> Tokenizer:
+    """Learn a byte-pair vocabulary from a text.
+
+    The most frequent pair of neighbours becomes a piece, over and over; among equals the shorter piece comes first,
+    then the alphabetically first, so the same text always gives the same bytes.
+
+    Args:
+        text: documents separated by ``<|endoftext|>``; the marker itself is not learnt.
+        vocab_size: tokens in all: 3 special, 256 bytes, then merges in the order learnt, then the single characters,
+            most frequent first; scores fall by one from piece to piece. At most half the pieces are characters: the
+            rarest beyond that are left to the byte tokens.
+
+    Returns:
+        A tokenizer with exactly vocab_size tokens.
+
+    Raises:
+        InvalidError: if vocab_size leaves no room for pieces, or the text has too few different pairs for it.
+
+    Source: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1, with counts updated in place.
+    """
+    room = vocab_size - FIRST_PIECE_ID
+    if room < 2:
+        raise InvalidError(f"vocab_size: expected at least {FIRST_PIECE_ID + 2}, found {vocab_size}")
+    documents = [" " + document for document in split_documents(text)]  # the space that encode puts in front
+    characters = Counter[str]()
+    words = Counter[str]()
+    for document in documents:
+        characters.update(document)
+        words.update(_WORD.findall(document))
+    characters[" "] = max(characters.values(), default=0) + 1  # always a piece: encode begins with it
+    ranked = sorted(characters, key=lambda char: (-characters[char], char))[: max(1, room // 2)]
+    merges = _Merger(words, ranked).run(room - len(ranked))
+    if len(merges) + len(ranked) < room:
+        raise InvalidError(
+            f"vocab_size: expected at most {FIRST_PIECE_ID + len(merges) + len(ranked)} for this text, found {vocab_size}"
+        )
+    learnt = [piece.encode("utf-8") for piece in (*merges, *ranked)]
+    scores = [0.0] * FIRST_PIECE_ID + [-float(rank) for rank in range(len(learnt))]
+    return Tokenizer([*_SPECIAL, *BYTE_PIECES, *learnt], scores, source="trained tokenizer")
+
+
+class _Merger:
+    """Words as lists of symbols, with the count of every pair and where it occurs, kept up to date merge by merge."""
+
+    def __init__(self, words: Counter[str], characters: list[str]) -> None:
+        """Spell each word in symbols; a character that has no symbol is -1 and never pairs."""
+        self.texts = list(characters)
+        symbol = {char: index for index, char in enumerate(characters)}
+        ordered = sorted(words)
+        self.words: list[Symbols] = [[symbol.get(char, -1) for char in word] for word in ordered]
+        self.weights = [words[word] for word in ordered]
+        self.counts: dict[Pair, int] = defaultdict(int)
+        self.where: dict[Pair, set[int]] = defaultdict(set)
+        for index in range(len(self.words)):
+            self._count(index, 1)
+        self.heap: list[tuple[int, int, str, Pair]] = []
+        for pair in self.counts:
+            self._push(pair)
+
+    def _pairs(self, index: int) -> list[Pair]:
+        word = self.words[index]
+        return [pair for pair in itertools.pairwise(word) if -1 not in pair]
+
+    def _count(self, index: int, sign: int) -> None:
+        """Add (1) or take away (-1) a word's pairs."""
+        for pair in self._pairs(index):
+            self.counts[pair] += sign * self.weights[index]
+            if sign > 0:
+                self.where[pair].add(index)
+
+    def _push(self, pair: Pair) -> None:
+        count = self.counts[pair]
+        if count > 0:
+            text = self.texts[pair[0]] + self.texts[pair[1]]
+            heapq.heappush(self.heap, (-count, len(text), text, pair))
+
+    def run(self, limit: int) -> list[str]:
+        """Merge up to limit times; return the new pieces in order.
+
+        Two pairs may spell the same piece ("a"+"bc", "ab"+"c"). The second one adds no token, but it is merged too,
+        since the encoder merges whatever neighbours spell a piece.
+        """
+        learnt: dict[str, int] = {}
+        while self.heap and len(learnt) < limit:
+            negative, _, text, pair = heapq.heappop(self.heap)
+            if self.counts[pair] != -negative:
+                continue  # counted anew since
+            symbol = learnt.get(text)
+            if symbol is None:
+                symbol = learnt[text] = len(self.texts)
+                self.texts.append(text)
+            self._merge(pair, symbol)
+        return list(learnt)
+
+    def _merge(self, pair: Pair, symbol: int) -> None:
+        """Replace a pair by its symbol wherever it occurs, leftmost first."""
+        touched: set[Pair] = set()
+        for index in sorted(self.where.pop(pair)):
+            touched.update(self._pairs(index))
+            self._count(index, -1)
+            word, merged, at = self.words[index], [], 0
+            while at < len(word):
+                if at + 1 < len(word) and (word[at], word[at + 1]) == pair:
+                    merged.append(symbol)
+                    at += 2
+                else:
+                    merged.append(word[at])
+                    at += 1
+            self.words[index] = merged
+            self._count(index, 1)
+            touched.update(self._pairs(index))
+        self.counts[pair] = 0
+        for changed in touched:
+            self._push(changed)

@@ -1,0 +1,349 @@
+"""Token data: raw token files and text, split into training and held-out parts, drawn as windows."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from anellm.errors import DataError, InvalidError
+from anellm.tokenizer import Tokenizer
+from anellm.windows import SAMPLER_MODES, Rng, WindowSampler
+
+TOKEN_DTYPES: dict[str, np.dtype[Any]] = {
+    "uint16": np.dtype("<u2"),
+    "int32": np.dtype("<i4"),
+    "uint32": np.dtype("<u4"),
+}
+
+__all__ = ["SAMPLER_MODES", "TOKEN_DTYPES", "TokenDataset", "WindowSampler", "read_text"]
+
+Tokens = npt.NDArray[Any]
+Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+
+_CHUNK = 1 << 20  # tokens looked at in one go, so that a scan of a large file needs little memory
+_MAX_ID = (1 << 31) - 1
+
+
+class TokenDataset:
+    """A run of token ids, memory-mapped or in memory, with what is needed to train on it and to measure it."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        source: str = "tokens",
+        vocab_size: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        first: int = 0,
+        checked: bool = False,
+    ) -> None:
+        """Wrap an array of ids.
+
+        Args:
+            tokens: (n,) uint16, int32 or uint32, n >= 1.
+            source: what to call the data in an error.
+            vocab_size: every id must be below it; None takes the tokenizer's, if there is one.
+            tokenizer: what the ids were made with, where that is known.
+            first: position of tokens[0] in the source, for errors.
+            checked: whether the ids are known to be in range.
+
+        Raises:
+            DataError: if there are no tokens, or an id is outside the vocabulary.
+            InvalidError: on another dtype or shape.
+        """
+        if tokens.ndim != 1 or tokens.dtype not in TOKEN_DTYPES.values():
+            raise InvalidError(
+                f"tokens: expected a 1-D array of uint16, int32 or uint32, found {tokens.ndim}-D {tokens.dtype}"
+            )
+        if tokens.size == 0:
+            raise DataError(f"{source}: expected at least one token, found none")
+        self.tokens, self.source, self.tokenizer = tokens, source, tokenizer
+        self.vocab_size = tokenizer.vocab_size if vocab_size is None and tokenizer is not None else vocab_size
+        self._first = first
+        if not checked:
+            self.check_ids(self.vocab_size)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        dtype: str = "uint16",
+        vocab_size: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> TokenDataset:
+        """Open a file of tokens, or read and encode a text.
+
+        Args:
+            path: a raw little-endian token file without a header, which is memory-mapped; or a UTF-8 text whose name
+                ends in ``.txt``, with ``<|endoftext|>`` between documents.
+            dtype: element type of a token file: "uint16", "int32" or "uint32".
+            vocab_size: every id must be below it; None takes the tokenizer's, if there is one.
+            tokenizer: needed for a text; for a token file, what it was made with, where that is known.
+
+        Raises:
+            DataError: if the file is missing, empty, of odd size, not UTF-8, looks like another dtype, or holds an id
+                outside the vocabulary; naming file, position, expected and found.
+            InvalidError: on an unknown dtype, or a text without a tokenizer.
+        """
+        path = Path(path)
+        if dtype not in TOKEN_DTYPES:
+            raise InvalidError(f"token dtype: expected one of {', '.join(TOKEN_DTYPES)}, found {dtype!r}")
+        try:
+            info = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot open the data: {error.strerror or error}") from error
+        if not stat.S_ISREG(info.st_mode):
+            raise DataError(f"{path}: expected a data file, found something that is not a plain file")
+        if info.st_size == 0:
+            raise DataError(f"{path}: expected tokens or text, found an empty file")
+        if path.suffix.lower() == ".txt":
+            if tokenizer is None:
+                raise InvalidError(f"{path}: a text needs a tokenizer; give one, or a file of tokens")
+            tokens = tokenizer.encode_documents(read_text(path))
+            return cls(tokens, source=str(path), vocab_size=vocab_size, tokenizer=tokenizer)
+        kind = TOKEN_DTYPES[dtype]
+        if info.st_size % kind.itemsize:
+            raise DataError(
+                f"{path}: expected a multiple of {kind.itemsize} bytes ({dtype} tokens), found {info.st_size} bytes"
+            )
+        tokens = np.memmap(path, dtype=kind, mode="r")
+        if dtype == "uint16" and tokens.size % 2 == 0 and not _any_nonzero(tokens[1::2]):
+            raise DataError(
+                f"{path}: every second uint16 is zero, so the file looks like int32 tokens: use --token-dtype int32"
+            )
+        return cls(tokens, source=str(path), vocab_size=vocab_size, tokenizer=tokenizer)
+
+    @classmethod
+    def shipped(cls) -> TokenDataset:
+        """Return the tokens of the text that comes with the package, with its tokenizer."""
+        folder = Path(__file__).parent / "data"
+        return cls.from_file(folder / "shakespeare.uint16.bin", tokenizer=Tokenizer.shipped())
+
+    def check_ids(self, vocab_size: int | None) -> None:
+        """Look at every id once.
+
+        Args:
+            vocab_size: every id must be below it; None allows any id that fits in 31 bits.
+
+        Raises:
+            DataError: naming source, position, id and vocab_size.
+        """
+        limit = _MAX_ID + 1 if vocab_size is None else vocab_size
+        for begin in range(0, self.n_tokens, _CHUNK):
+            chunk = self.tokens[begin : begin + _CHUNK]
+            if int(chunk.max()) < limit and int(chunk.min()) >= 0:
+                continue
+            at = int(np.argmax((chunk < 0) | (chunk >= limit)))
+            message = (
+                f"{self.source}: token {self._first + begin + at}: expected an id from 0 to {limit - 1}"
+                f"{'' if vocab_size is None else f' (vocab_size {vocab_size})'}, found {int(chunk[at])}"
+            )
+            halves = chunk.view(np.uint16) if chunk.dtype.itemsize == 4 else None
+            if halves is not None and int(halves.max()) < limit:
+                message += "; the file looks like uint16 tokens: use --token-dtype uint16"
+            raise DataError(message)
+
+    def check_window(self, seq_len: int) -> None:
+        """Check that one window of seq_len tokens and their targets fits.
+
+        Raises:
+            DataError: naming the source and both sizes.
+            InvalidError: if seq_len is below 1.
+        """
+        if seq_len < 1:
+            raise InvalidError(f"seq_len: expected at least 1, found {seq_len}")
+        if self.n_tokens < seq_len + 1:
+            raise DataError(
+                f"{self.source}: expected at least {seq_len + 1} tokens (one window of seq_len {seq_len} and the token "
+                f"after it), found {self.n_tokens}; use more data or a smaller --seq-len"
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        """Return the number of tokens."""
+        return int(self.tokens.size)
+
+    @cached_property
+    def n_bytes(self) -> int | None:
+        """Return how many bytes of text the tokens stand for; None where the tokenizer is not known."""
+        if self.tokenizer is None:
+            return None
+        total = 0
+        for begin in range(0, self.n_tokens, _CHUNK):
+            # One token of overlap, taken off again: whether a leading space counts depends on the token before.
+            head = self.tokens[max(0, begin - 1) : begin]
+            total += self.tokenizer.count_bytes(self.tokens[max(0, begin - 1) : begin + _CHUNK])
+            total -= self.tokenizer.count_bytes(head)
+        return total
+
+    @cached_property
+    def sha256(self) -> str:
+        """Return the SHA-256 of the tokens as they are stored, in hexadecimal."""
+        digest = hashlib.sha256()
+        for begin in range(0, self.n_tokens, _CHUNK):
+            digest.update(np.ascontiguousarray(self.tokens[begin : begin + _CHUNK]).data)
+        return digest.hexdigest()
+
+    def split(
+        self, val_fraction: float | None = None, val_tokens: int | None = None
+    ) -> tuple[TokenDataset, TokenDataset]:
+        """Hold out the end of the data.
+
+        No training window can touch a held-out token: the training part ends where the other one begins, and windows
+        (targets included) lie inside their part.
+
+        Args:
+            val_fraction: part to hold out, in (0, 1); or
+            val_tokens: number of tokens to hold out, from 1 to n_tokens - 1.
+
+        Returns:
+            The training part and the held-out part.
+
+        Raises:
+            InvalidError: if not exactly one is given, or nothing would be left on one side.
+        """
+        if (val_fraction is None) == (val_tokens is None):
+            raise InvalidError("split: expected exactly one of val_fraction and val_tokens")
+        if val_tokens is None:
+            if not 0.0 < float(val_fraction or 0.0) < 1.0:
+                raise InvalidError(f"val_fraction: expected a number between 0 and 1, found {val_fraction}")
+            val_tokens = round(self.n_tokens * float(val_fraction or 0.0))
+        if not 1 <= val_tokens < self.n_tokens:
+            raise InvalidError(
+                f"{self.source}: tokens to hold out: expected 1 to {self.n_tokens - 1}, found {val_tokens}"
+            )
+        return self._part(0, self.n_tokens - val_tokens), self._part(self.n_tokens - val_tokens, self.n_tokens)
+
+    def _part(self, begin: int, end: int) -> TokenDataset:
+        return TokenDataset(
+            self.tokens[begin:end],
+            source=self.source,
+            vocab_size=self.vocab_size,
+            tokenizer=self.tokenizer,
+            first=self._first + begin,
+            checked=True,
+        )
+
+    def sampler(self, seq_len: int, seed: int, mode: str = "random", rng: Rng | None = None) -> WindowSampler:
+        """Return the sampler of this data's training windows; see WindowSampler.
+
+        Raises:
+            DataError: if the data is shorter than a window.
+            InvalidError: on an unknown mode or a seed out of range.
+        """
+        self.check_window(seq_len)
+        return WindowSampler(self.n_tokens, seq_len, seed, mode, rng)
+
+    def batch(
+        self,
+        seed: int,
+        step: int,
+        micro_step: int,
+        B: int,
+        T: int,
+        gradient_accumulation_steps: int = 1,
+        mode: str = "random",
+        rng: Rng | None = None,
+    ) -> Batch:
+        """Return the training windows of one micro-step: a pure function of the arguments and the data.
+
+        Rows are numbered through all steps and micro-steps, so a batch of B in A micro-steps draws the same windows
+        as one of B * A at once.
+
+        Args:
+            seed: in [0, 2**64).
+            step: optimizer step, from 0.
+            micro_step: in [0, gradient_accumulation_steps).
+            B: rows.
+            T: tokens a row.
+            gradient_accumulation_steps: micro-steps a step.
+            mode: "random" or "epoch"; see WindowSampler.
+            rng: the random numbers; None takes the C core's.
+
+        Returns:
+            tokens and targets, each (B, T) int32; targets are one token ahead.
+
+        Raises:
+            DataError: if the data is shorter than a window.
+            InvalidError: on an argument out of range.
+        """
+        if step < 0 or B < 1 or not 0 <= micro_step < gradient_accumulation_steps:
+            raise InvalidError(
+                f"batch: expected step >= 0, B >= 1, 0 <= micro_step < {gradient_accumulation_steps}, found "
+                f"step {step}, B {B}, micro_step {micro_step}"
+            )
+        sampler = self.sampler(T, seed, mode, rng)
+        first_row = (step * gradient_accumulation_steps + micro_step) * B
+        return self._rows([sampler.start(first_row + row) for row in range(B)], T)
+
+    def _rows(self, starts: list[int], seq_len: int) -> Batch:
+        """Gather windows into (B, T) tokens and targets."""
+        tokens = np.empty((len(starts), seq_len), dtype=np.int32)
+        targets = np.empty_like(tokens)
+        for row, start in enumerate(starts):
+            tokens[row] = self.tokens[start : start + seq_len]
+            targets[row] = self.tokens[start + 1 : start + seq_len + 1]
+        return tokens, targets
+
+    def n_eval_windows(self, T: int, max_windows: int | None = None) -> int:
+        """Return the number of windows that eval_windows gives.
+
+        Raises:
+            DataError: if the data is shorter than a window.
+            InvalidError: if max_windows is below 1.
+        """
+        self.check_window(T)
+        if max_windows is not None and max_windows < 1:
+            raise InvalidError(f"max_windows: expected at least 1, found {max_windows}")
+        n = (self.n_tokens - 1) // T
+        return n if max_windows is None else min(n, max_windows)
+
+    def eval_windows(self, B: int, T: int, max_windows: int | None = None) -> Iterator[Batch]:
+        """Yield consecutive windows that do not overlap; what is left at the end, shorter than a window, is dropped.
+
+        Args:
+            B: rows a batch; the last batch may have fewer.
+            T: tokens a row; window s has the tokens s*T to s*T + T - 1, and targets one ahead.
+            max_windows: stop after so many.
+
+        Yields:
+            tokens and targets, each (<= B, T) int32.
+
+        Raises:
+            DataError: if the data is shorter than a window.
+            InvalidError: if B or max_windows is below 1.
+        """
+        if B < 1:
+            raise InvalidError(f"B: expected at least 1, found {B}")
+        n = self.n_eval_windows(T, max_windows)
+        for begin in range(0, n, B):
+            yield self._rows([window * T for window in range(begin, min(begin + B, n))], T)
+
+
+def read_text(path: Path) -> str:
+    """Return a UTF-8 text, line ends as they are.
+
+    Raises:
+        DataError: naming file, line, and byte, if it cannot be read or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the text: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}:{line}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at {error.start}"
+        ) from error
+
+
+def _any_nonzero(tokens: Tokens) -> bool:
+    return any(bool(tokens[begin : begin + _CHUNK].any()) for begin in range(0, tokens.size, _CHUNK))

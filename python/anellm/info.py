@@ -1,0 +1,123 @@
+"""The verb ``info``: what computes here, and which versions are in use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from anellm._ffi import lib, text
+from anellm.cli import Result, Verb, set_threads
+from anellm.machine import available_bytes, human_bytes
+from anellm.options import CommonOptions, option
+
+_PACKAGES = ("numpy", "cffi", "safetensors", "rich")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(CommonOptions):
+    """The options of ``info``."""
+
+    report: bool = option(False, "print one block to paste into an issue", group="output", flag_only=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def why_no_ane() -> str:
+    """Return why the Apple Neural Engine is not used on this machine."""
+    if platform.system() != "Darwin":
+        return f"the Apple Neural Engine needs macOS on Apple silicon; this is {platform.system()}"
+    if platform.machine() != "arm64":
+        return f"the Apple Neural Engine needs Apple silicon; this Mac, or this Python, is {platform.machine()}"
+    return "this version of anellm has no backend for the Apple Neural Engine: it computes on the CPU"
+
+
+def _total_bytes() -> int | None:
+    """Return the machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _names(value: str) -> list[str]:
+    return [name for name in value.split(",") if name]
+
+
+def collect(threads: int) -> dict[str, Any]:
+    """Return everything that ``info`` shows.
+
+    Args:
+        threads: size of the thread pool.
+    """
+    return {
+        "anellm": text(lib.anellm_version()),
+        "device": "cpu",
+        "devices": {"cpu": None, "ane": why_no_ane()},  # the reason why not, or null where it can be used
+        "cpu_variant": text(lib.anellm_cpu_variant()),
+        "cpu_variants": _names(text(lib.anellm_cpu_variants())),
+        "cpu_features": _names(text(lib.anellm_cpu_features())),
+        "threads": threads,
+        "cpus": os.cpu_count(),
+        "memory_bytes": _total_bytes(),
+        "memory_available_bytes": available_bytes(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "system": platform.system(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith("ANELLM_") or k == "OMP_NUM_THREADS"
+        },
+    }
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return labels and values, in the order to print."""
+
+    total, free = (
+        "unknown" if found[key] is None else human_bytes(found[key])
+        for key in ("memory_bytes", "memory_available_bytes")
+    )
+    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items())
+    lines = [
+        ("anellm", found["anellm"]),
+        ("device", found["device"]),
+        ("ane", f"not available: {found['devices']['ane']}"),
+        ("cpu variant", f"{found['cpu_variant']} (of {', '.join(found['cpu_variants'])})"),
+        ("cpu features", ", ".join(found["cpu_features"]) or "none that anellm uses"),
+        ("threads", f"{found['threads']} (of {found['cpus']} CPUs)"),
+        ("memory", f"{total}, available {free}"),
+        ("python", f"{found['python']} ({sys.implementation.name})"),
+        ("packages", packages),
+        ("platform", found["platform"]),
+    ]
+    lines += [("environment", f"{name}={value}") for name, value in found["environment"].items()]
+    return lines
+
+
+def run(config: InfoConfig) -> Result:
+    """Print what was found, and return it."""
+    found = collect(set_threads(config.threads))
+    lines = _lines(found)
+    if config.report:
+        print("```text", *(f"{label}: {value}" for label, value in lines), "```", sep="\n")
+    else:
+        width = max(len(label) for label, _ in lines)
+        print(*(f"{label:{width}}  {value}" for label, value in lines), sep="\n")
+    return Result(found)
+
+
+VERB = Verb("info", "show the device, the CPU variant and the versions in use", InfoConfig, run)
+main = VERB.main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

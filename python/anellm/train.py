@@ -1,0 +1,128 @@
+"""The verb ``train``: from a text or tokens to a model, in a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anellm import curve, inputs, metrics, rundir
+from anellm.cli import EXIT_INTERRUPTED, Result, Verb, set_threads
+from anellm.config import ModelConfig, TrainConfig
+from anellm.machine import human_bytes, human_count
+from anellm.model import Model
+from anellm.progress import Progress, duration
+from anellm.trainer import Trainer, TrainResult
+
+
+def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that --resume takes from the run it goes on with; those that are given come first.
+
+    Args:
+        given: the options from flags and --config.
+    """
+    resume, out = given.get("resume"), given.get("out")
+    if resume is None:
+        return {}
+    found = Path(out) if out else rundir.newest_run()
+    source = found if resume == rundir.AUTO else rundir.run_of(Path(resume))
+    if source is None:
+        return {}
+    values = rundir.read_config(source)
+    if values:
+        values["out"] = str(source)
+    # What belongs to the machine, and one side of each pair where the other side is given now.
+    drop = {"device", "threads"}
+    for a, b in (("steps", "epochs"), ("model", "preset")):
+        drop |= {a} if b in given else {b} if a in given else set()
+    return {key: value for key, value in values.items() if key not in drop}
+
+
+def run(config: TrainConfig) -> Result:
+    """Train, and return the summary."""
+    threads = set_threads(config.threads)
+    tokenizer = inputs.load_tokenizer(config)
+    shape = inputs.model_config(config, tokenizer)
+    need, report = inputs.forecast(config, shape)
+    if config.dry_run:
+        inputs.print_forecast(report)
+        return Result(report)
+    inputs.check_fits(need)
+    train_data, val_data = inputs.load_data(config, shape.vocab_size, tokenizer)
+    name = config.preset or (Path(config.model).stem if config.model else inputs.DEFAULT_PRESET)
+    config = dataclasses.replace(
+        config,
+        out=config.out or str(rundir.new_run_path(name)),
+        preset=config.preset if config.model else config.preset or inputs.DEFAULT_PRESET,
+    )
+    directory = rundir.RunDirectory(str(config.out), config.resume)
+    try:
+        if directory.resumed is not None:
+            inputs.check_resumed_shape(directory.resumed, shape)
+            model = Model(shape, config.device, seed=None)
+        elif config.model is not None:
+            model = Model.from_pretrained(config.model, config.device)
+        else:
+            model = Model(shape, config.device, seed=config.seed)
+        trainer = Trainer(model, config, train_data, val_data, tokenizer, run=directory)
+        if not config.quiet:
+            held_out = "nothing held out" if val_data is None else f"{human_count(val_data.n_tokens)} tokens held out"
+            print(f"model   {name}: {human_count(shape.n_params())} parameters")
+            print(f"data    {train_data.source}: {human_count(train_data.n_tokens)} tokens, {held_out}")
+            print(f"device  {model.device}, {threads} threads; {human_bytes(need.total_bytes)} of memory needed")
+            print(f"run     {directory.path}", "" if not trainer.state.step else f"from step {trainer.state.step}")
+        with Progress(
+            trainer.steps,
+            first_step=trainer.state.step,
+            plain=config.plain,
+            quiet=config.quiet,
+            log_interval=config.log_interval,
+        ) as progress:
+            trainer.callbacks += (progress,)
+            result = trainer.train()
+        return finish(result, config, directory.path, shape)
+    finally:
+        directory.close()
+
+
+def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelConfig) -> Result:
+    """Print how the run ended and return the summary."""
+    state = result.state
+    if not config.quiet:
+        ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+        width = min(100, max(20, shutil.get_terminal_size().columns - 12))
+        print("\n" + curve.draw(*curve.points(metrics.read(path)), width, ascii_only=ascii_only) + "\n")
+    val = "" if state.val_loss is None else f", validation loss {state.val_loss:.4f}"
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    print(
+        f"{'interrupted at' if result.interrupted else 'done:'} step {state.step} in {duration(state.seconds)}{loss}{val}"
+    )
+    if result.interrupted:
+        print(f"go on:  anellm train --resume --out {path}")
+    print(f"write:  anellm generate --model {path}")
+    values = {
+        **state.to_dict(),
+        "out": str(path),
+        "n_params": shape.n_params(),
+        "loss": result.loss,
+        "perplexity": None if state.val_loss is None else math.exp(min(state.val_loss, 700.0)),
+        "interrupted": result.interrupted,
+    }
+    return Result(values, EXIT_INTERRUPTED if result.interrupted else 0)
+
+
+VERB = Verb(
+    "train",
+    "train a model on text; with no arguments, a small one on the text that comes along",
+    TrainConfig,
+    run,
+    base=options_of_run,
+)
+main = VERB.main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

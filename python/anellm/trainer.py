@@ -1,0 +1,374 @@
+"""The training loop, and the state that it carries."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anellm import checkpoint
+from anellm.config import DEFAULT_STEPS, TrainConfig
+from anellm.errors import CheckpointError, ConfigError, DivergedError
+from anellm.metrics import rss_mib
+from anellm.optim import AdamW, clip_scale
+from anellm.rundir import RunDirectory
+from anellm.schedule import learning_rate
+from anellm.state import TrainState
+
+if TYPE_CHECKING:
+    from anellm.data import TokenDataset
+    from anellm.model import GradNorm, Model
+    from anellm.tokenizer import Tokenizer
+
+Record = Mapping[str, Any]
+_LONGEST_DEFAULT = 1024  # sequences are not longer than this unless asked for: attention is quadratic
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        state: where it stands.
+        loss: training loss of the last step, in nats a token; None when there was none.
+        interrupted: stopped by a signal before its last step.
+        out: the run directory, or None.
+    """
+
+    state: TrainState
+    loss: float | None
+    interrupted: bool
+    out: Path | None
+
+
+def default_seq_len(config: TrainConfig, max_seq_len: int) -> int:
+    """Return the tokens in a sequence: what the config says, or the model's longest up to a limit.
+
+    Raises:
+        ConfigError: when it is beyond the model's longest.
+    """
+    seq_len = config.seq_len if config.seq_len is not None else min(max_seq_len, _LONGEST_DEFAULT)
+    if seq_len > max_seq_len:
+        raise ConfigError(f"--seq-len: expected at most the model's longest, {max_seq_len}, found {seq_len}")
+    return seq_len
+
+
+def resolve(config: TrainConfig, max_seq_len: int, train_data: TokenDataset) -> TrainConfig:
+    """Return a config whose seq_len and steps are numbers.
+
+    Raises:
+        ConfigError: when seq_len is beyond the model's longest.
+        DataError: when the data is shorter than one window.
+    """
+    seq_len = default_seq_len(config, max_seq_len)
+    rows = config.batch_size * config.gradient_accumulation_steps
+    sampler = train_data.sampler(seq_len, config.seed, config.window_order)
+    steps = config.steps
+    if config.epochs is not None:
+        steps = sampler.steps_for(config.epochs, rows)
+    return dataclasses.replace(config, seq_len=seq_len, steps=steps or DEFAULT_STEPS, epochs=None)
+
+
+class Trainer:
+    """Train a model by a TrainConfig.
+
+    The step that the loop takes reads top to bottom in ``_step``; callbacks get a record at its end and change nothing.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        train_data: TokenDataset,
+        val_data: TokenDataset | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        callbacks: Sequence[Callable[[Record], None]] = (),
+        run: RunDirectory | None = None,
+        optimizer: AdamW | None = None,
+    ) -> None:
+        """Prepare a run, or the rest of one.
+
+        Args:
+            model: the model; its weights are overwritten when a checkpoint is resumed.
+            config: the options. Without ``out`` nothing is written to disk.
+            train_data: tokens to train on.
+            val_data: tokens held out; None trains without validation.
+            tokenizer: for samples, and to be kept with checkpoints.
+            callbacks: called with each record (kinds step, skip, eval, sample, save and interrupt), to read only.
+            run: the run directory when it is open already; None opens ``config.out``.
+            optimizer: None makes the config's AdamW.
+
+        Raises:
+            ConfigError, CheckpointError, DataError, BusyError: see RunDirectory and resolve().
+        """
+        self.model, self.train_data, self.val_data, self.tokenizer = model, train_data, val_data, tokenizer
+        self.config = config = resolve(config, model.config.max_seq_len, train_data)
+        self.seq_len, self.steps = int(config.seq_len or 0), int(config.steps or 0)
+        if val_data is not None:
+            val_data.check_window(self.seq_len)
+        self.optimizer = optimizer or AdamW(
+            model,
+            config.learning_rate,
+            (config.adam_beta1, config.adam_beta2),
+            config.adam_epsilon,
+            config.weight_decay,
+            config.decay,
+        )
+        self.state = TrainState(data_sha256=train_data.sha256)
+        self.callbacks = tuple(callbacks)
+        self._loss: float | None = None
+        self._stop = False
+        self._owns_run = run is None
+        self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
+        if self.run is not None and self.run.resumed is not None:
+            self._restore(self.run.resumed)
+
+    def _restore(self, source: checkpoint.Checkpoint) -> None:
+        """Take over a checkpoint's state, weights and moments."""
+        state = TrainState.from_dict(source.state, str(source.path / checkpoint.STATE))
+        if state.step != source.step:
+            raise CheckpointError(f"{source.path / checkpoint.STATE}: step: expected {source.step}, found {state.step}")
+        if state.data_sha256 != self.state.data_sha256:
+            raise CheckpointError(
+                f"{source.path}: trained on other data: expected SHA-256 {state.data_sha256} of the training tokens, "
+                f"found {self.state.data_sha256} ({self.train_data.source})"
+            )
+        checkpoint.load_tensors(source, self.model)
+        self.optimizer.load_state_dict({"step": state.optimizer_step})
+        self.state = state
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainResult:
+        """Train until the last step, or until SIGINT or SIGTERM: then the step is finished and saved.
+
+        Raises:
+            DivergedError: when ``max_bad_steps`` steps in a row had non-finite gradients.
+            CheckpointError: when a checkpoint cannot be written.
+        """
+        try:
+            if self.run is not None:
+                self.run.begin(self.config, self._manifest())
+            with self._signals():
+                if self.state.step == 0 and (self.run is None or self.run.resumed is None):
+                    self._evaluate()
+                while self.state.step < self.steps and not self._stop:
+                    self._step()
+                    self._after_step()
+                interrupted = self._stop and self.state.step < self.steps
+                if interrupted:
+                    self._emit({"kind": "interrupt", "step": self.state.step})
+                self._save()
+            return TrainResult(self.state, self._loss, interrupted, None if self.run is None else self.run.path)
+        finally:
+            if self.run is not None and self._owns_run:
+                self.run.close()
+
+    def _step(self) -> None:
+        """Take one step: micro-steps, the gradient's norm, the update."""
+        config, state, model = self.config, self.state, self.model
+        start = time.perf_counter()
+        lr = self.learning_rate(state.step)
+        n_micro = config.gradient_accumulation_steps
+        loss = 0.0
+        for micro in range(n_micro):
+            tokens, targets = self.train_data.batch(
+                config.seed, state.step, micro, config.batch_size, self.seq_len, n_micro, config.window_order
+            )
+            loss += model.forward(tokens, targets, training=True) / n_micro
+            model.backward(1.0 / n_micro, accumulate=micro > 0)  # the first overwrites
+            state.tokens += tokens.size
+        gradient = model.grad_norm()
+        bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
+        if not bad:
+            self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm))
+            state.optimizer_step += 1
+            state.bad_steps = 0
+        state.step += 1
+        seconds = time.perf_counter() - start
+        state.seconds += seconds
+        self._loss = loss if math.isfinite(loss) else None
+        self._emit(
+            {
+                "kind": "step",
+                "step": state.step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": gradient.norm,
+                "tokens": state.tokens,
+                "seconds": state.seconds,
+                "tokens_per_s": config.batch_size * self.seq_len * n_micro / max(seconds, 1e-9),
+                "rss_mib": round(rss_mib(), 1),
+            }
+        )
+        if bad:
+            self._skip(gradient)
+
+    def _skip(self, gradient: GradNorm) -> None:
+        """Count a step whose gradients were not finite, clear them, and stop after too many in a row."""
+        state = self.state
+        for array in self.model.grads.values():
+            array[...] = 0
+        state.bad_steps += 1
+        state.skipped_steps += 1
+        where = gradient.tensor or "the loss"
+        self._emit({"kind": "skip", "step": state.step, "tensor": gradient.tensor, "n_nonfinite": gradient.n_nonfinite})
+        if state.bad_steps >= self.config.max_bad_steps:
+            newest = checkpoint.find_checkpoint(self.run.path) if self.run is not None else None
+            raise DivergedError(
+                f"stopped at step {state.step}: {state.bad_steps} steps in a row had non-finite gradients, first in "
+                f"{where} ({gradient.n_nonfinite} values); try a lower --learning-rate"
+                + (f"; the last good checkpoint is {newest}" if newest else "")
+            )
+
+    def _after_step(self) -> None:
+        """Evaluate, sample and save where it is due."""
+        config, step = self.config, self.state.step
+        last = step == self.steps
+        if last or (config.eval_interval and step % config.eval_interval == 0):
+            self._evaluate()
+        if last or self._sample_due(step):
+            self._sample()
+        is_best = self.state.best_step == step
+        if last or is_best or (config.save_interval and step % config.save_interval == 0):
+            self._save()
+
+    def _sample_due(self, step: int) -> bool:
+        interval = self.config.sample_interval
+        if interval is None:
+            return step == self.steps // 2
+        return interval > 0 and step % interval == 0
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the step after ``step`` steps."""
+        config = self.config
+        minimum = config.learning_rate / 10 if config.min_learning_rate is None else config.min_learning_rate
+        return learning_rate(
+            step,
+            steps=self.steps,
+            peak=config.learning_rate,
+            minimum=minimum,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+            decay_steps=config.decay_steps,
+        )
+
+    # ---- what happens beside it -------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Measure the held-out loss; a non-finite one never becomes the best."""
+        if self.val_data is None:
+            return
+        state, config = self.state, self.config
+        limit = config.eval_windows or None
+        nats, count = 0.0, 0
+        for tokens, targets in self.val_data.eval_windows(config.batch_size, self.seq_len, limit):
+            nats += self.model.forward(tokens, targets, training=False) * targets.size
+            count += targets.size
+        loss = nats / count
+        state.val_loss = loss if math.isfinite(loss) else None
+        if state.step > 0 and math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
+            state.best_val_loss, state.best_step = loss, state.step
+        n_bytes = self._eval_bytes(count)
+        self._emit(
+            {
+                "kind": "eval",
+                "step": state.step,
+                "val_loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf,
+                "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
+                "tokens": count,
+            }
+        )
+
+    def _eval_bytes(self, count: int) -> int | None:
+        """Return the bytes of text that the first ``count`` held-out targets stand for, where that is known."""
+        data = self.val_data
+        if data is None or data.tokenizer is None:
+            return None
+        # The first token is context only: it is counted and taken off, since a space after BOS counts as nothing.
+        ids = data.tokens[: count + 1]
+        return data.tokenizer.count_bytes(ids) - data.tokenizer.count_bytes(ids[:1])
+
+    def _sample(self) -> None:
+        """Write a text with the model as it is now."""
+        config = self.config
+        if self.tokenizer is None or config.sample_tokens == 0:
+            return
+        from anellm.sample import Sampling, generate_stream
+
+        prompt = self.tokenizer.encode(config.sample_prompt, bos=True)
+        sampling = Sampling(
+            temperature=config.sample_temperature,
+            top_k=config.sample_top_k,
+            top_p=config.sample_top_p,
+            seed=config.seed,
+        )
+        stream = generate_stream(
+            self.model, prompt, config.sample_tokens, sampling, sample_index=self.state.step % 2**32
+        )
+        text = self.tokenizer.decode([*prompt, *stream])
+        self._emit({"kind": "sample", "step": self.state.step, "prompt": config.sample_prompt, "text": text})
+
+    def _save(self) -> None:
+        """Write a checkpoint, note the best, and remove what the retention rule gives up."""
+        state = self.state
+        if self.run is None or self.run.last_saved == state.step:
+            return
+        tokenizer = self.tokenizer.to_bytes() if self.tokenizer is not None else None
+        path = self.run.save(state.step, self.model, state.to_dict(), tokenizer)
+        self.run.retain(self.config, state.best_step, state.best_val_loss)
+        self._call_back({"kind": "save", "step": state.step, "path": str(path)})
+
+    def _emit(self, record: Record) -> None:
+        """Give a record to metrics.jsonl and the callbacks."""
+        if self.run is not None and record["kind"] != "interrupt":
+            self.run.write(record)
+        self._call_back(record)
+
+    def _call_back(self, record: Record) -> None:
+        for callback in self.callbacks:
+            callback(record)
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "model": self.model.config.to_dict(),
+            "n_params": self.model.config.n_params(),
+            "device": getattr(self.model, "device", "cpu"),
+            "data": self.train_data.source,
+            "data_sha256": self.state.data_sha256,
+            "data_tokens": self.train_data.n_tokens,
+            "val_tokens": None if self.val_data is None else self.val_data.n_tokens,
+            "tokenizer_sha256": None if self.tokenizer is None else self.tokenizer.sha256,
+            "resumed_from_step": self.state.step or None,
+        }
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM ask for a stop after the step, and the second one end the process at once.
+
+        Only the main thread can do that; elsewhere signals stay as they are.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: object) -> None:
+            self._stop = True
+            signal.signal(number, signal.SIG_DFL)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, ask) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,282 @@
+"""Read and write pretrained models: Hugging Face directories and llama2.c files.
+
+This is the front door: it finds out what a path is, and hands over to `weights_hf` or `weights_llama2c`. Tensors travel
+as (Hugging Face name, fp32 array) one at a time, from a memory-mapped file, so a model is never in memory twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anellm import checkpoint, errors
+
+if TYPE_CHECKING:
+    from anellm.config import ModelConfig
+    from anellm.tokenizer import Tokenizer
+
+TOKENIZER_NAME = "tokenizer.bin"
+_CHUNK = 1 << 20  # elements looked at in one go, so that a check needs no copy of the tensor
+
+# What other formats start with, to name them instead of calling their header damaged.
+_FOREIGN_MAGIC = {
+    b"24ka": "a llama2.c file of version 1 or 2",
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a PyTorch (pickle) file",
+    b"TZLB": "a checkpoint of the ANE training examples",
+}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model file whose headers have been checked and whose tensors have not been read yet.
+
+    Attributes:
+        config: the model's dimensions.
+        tensors: yields every tensor once as (name, fp32 array (rows, columns) or (dim,)), in the order of
+            `tensor_shapes`; raises DataError at a tensor with a non-finite value. Arrays may be read-only views of
+            the mapped file: copy what you keep.
+        source: the file or directory it is read from, for messages.
+        tokenizer_path: the tokenizer.bin that belongs to it, or None.
+    """
+
+    config: ModelConfig
+    tensors: Iterator[tuple[str, np.ndarray]]
+    source: str
+    tokenizer_path: Path | None
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of a model, in file order.
+
+    Args:
+        config: the model's dimensions.
+
+    Returns:
+        Hugging Face names with shapes: (out, in) for matrices, (dim,) or (head_dim,) for norms.
+    """
+    dim, hidden = config.dim, config.hidden_dim
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
+    for i in range(config.n_layers):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (dim,)
+        shapes[layer + "self_attn.q_proj.weight"] = (q_dim, dim)
+        shapes[layer + "self_attn.k_proj.weight"] = (kv_dim, dim)
+        shapes[layer + "self_attn.v_proj.weight"] = (kv_dim, dim)
+        shapes[layer + "self_attn.o_proj.weight"] = (dim, q_dim)
+        if config.qk_norm:
+            shapes[layer + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[layer + "self_attn.k_norm.weight"] = (config.head_dim,)
+        shapes[layer + "post_attention_layernorm.weight"] = (dim,)
+        shapes[layer + "mlp.gate_proj.weight"] = (hidden, dim)
+        shapes[layer + "mlp.up_proj.weight"] = (hidden, dim)
+        shapes[layer + "mlp.down_proj.weight"] = (dim, hidden)
+    shapes["model.norm.weight"] = (dim,)
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+def first_nonfinite(array: np.ndarray) -> int | None:
+    """Return the flat index of the first inf or NaN of an array, or None."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        bad = ~np.isfinite(flat[start : start + _CHUNK])
+        if bad.any():
+            return start + int(bad.argmax())
+    return None
+
+
+def checked(tensors: Iterator[tuple[str, np.ndarray]], source: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Pass tensors on, refusing non-finite values.
+
+    Raises:
+        DataError: at the first tensor that holds inf or NaN.
+    """
+    for name, array in tensors:
+        at = first_nonfinite(array)
+        if at is not None:
+            value = float(array.reshape(-1)[at])
+            raise errors.DataError(f"{source}: tensor {name}: expected finite weights, found {value} at index {at}")
+        yield name, array
+
+
+def check_params(config: ModelConfig, params: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Check that parameters fit a configuration before anything is written.
+
+    Args:
+        config: the model's dimensions.
+        params: fp32 arrays by Hugging Face name.
+
+    Returns:
+        `tensor_shapes(config)`.
+
+    Raises:
+        InvalidError: on a missing or additional name, a wrong shape or dtype.
+        NonFiniteError: on inf or NaN.
+    """
+    shapes = tensor_shapes(config)
+    for what, names in (("missing", shapes.keys() - params.keys()), ("unexpected", params.keys() - shapes.keys())):
+        if names:
+            raise errors.InvalidError(f"params: {what} {name_list(names)}")
+    for name, shape in shapes.items():
+        array = params[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise errors.InvalidError(
+                f"params[{name!r}]: expected float32 of shape {shape}, found {array.dtype} of shape {array.shape}"
+            )
+        at = first_nonfinite(array)
+        if at is not None:
+            raise errors.NonFiniteError(f"params[{name!r}]: {array.reshape(-1)[at]} at index {at}: not written")
+    return shapes
+
+
+def name_list(names: object, limit: int = 4) -> str:
+    """Return names in order, cut after a few, for a message."""
+    ordered = sorted(str(name) for name in names)  # type: ignore[attr-defined]
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+def resolve(path: str | Path) -> Path:
+    """Return the model that a path means: itself, or the best (else the newest) checkpoint of a training run.
+
+    Args:
+        path: a .bin file, a Hugging Face or checkpoint directory (it has a config.json), or a run directory.
+
+    Raises:
+        DataError: when there is no model at that path.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise errors.DataError(f"{path}: expected a model (.bin file, Hugging Face or run directory), found nothing")
+    target = checkpoint.resolve_model_path(path)
+    if target.is_file() or (target / "config.json").is_file():
+        return target
+    raise errors.DataError(
+        f"{path}: expected a model file, config.json with model.safetensors, or a run with checkpoints, found none of them"
+    )
+
+
+def find_tokenizer(model_path: str | Path) -> Path | None:
+    """Return the tokenizer.bin that belongs to a model path: beside the weights, or the run's; None if there is none.
+
+    Args:
+        model_path: what `load_pretrained` was given.
+    """
+    return _tokenizer_of(resolve(model_path))
+
+
+def _tokenizer_of(target: Path) -> Path | None:
+    folder = target.parent if target.is_file() else target
+    places = [folder]
+    if (folder / checkpoint.MANIFEST).is_file():
+        places.append(folder.resolve().parent)  # a checkpoint's run
+    return next((p / TOKENIZER_NAME for p in places if (p / TOKENIZER_NAME).is_file()), None)
+
+
+def load_tokenizer(model_path: str | Path, config: ModelConfig, explicit: str | Path | None = None) -> Tokenizer | None:
+    """Return the tokenizer to use with a model: the one named, else the one that belongs to the model's path.
+
+    Args:
+        model_path: what `load_pretrained` was given.
+        config: the model's dimensions.
+        explicit: a tokenizer.bin, or None to look beside the model.
+
+    Returns:
+        The tokenizer, or None when none is named and none is found.
+
+    Raises:
+        DataError: when the tokenizer has more tokens than the model knows, or its file is damaged.
+    """
+    from anellm.tokenizer import Tokenizer
+
+    path = Path(explicit) if explicit is not None else find_tokenizer(model_path)
+    if path is None:
+        return None
+    tokenizer = Tokenizer.from_file(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise errors.DataError(
+            f"{path}: vocab_size: expected at most the {config.vocab_size} of {model_path}, "
+            f"found {tokenizer.vocab_size}: this tokenizer belongs to another model"
+        )
+    return tokenizer
+
+
+def load_pretrained(path: str | Path) -> Pretrained:
+    """Open a pretrained model of any format that anellm reads.
+
+    Headers, names, shapes, dtypes and sizes are checked now, values while the tensors are read.
+
+    Args:
+        path: a llama2.c v0 .bin file, a Hugging Face directory (config.json and safetensors), a checkpoint directory,
+            or a run directory (its newest checkpoint).
+
+    Returns:
+        The configuration and an iterator over the tensors.
+
+    Raises:
+        DataError: when the path holds no model, or a damaged one.
+    """
+    from anellm import weights_hf, weights_llama2c
+
+    target = resolve(path)
+    tokenizer = _tokenizer_of(target)
+    if target.is_dir():
+        config, tensors = weights_hf.read(target)
+    else:
+        _refuse_foreign(target)
+        config, tensors = weights_llama2c.read(target)
+    return Pretrained(config, checked(tensors, str(target)), str(target), tokenizer)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Name a file of another format instead of calling it a damaged llama2.c file."""
+    if path.suffix == ".safetensors":
+        raise errors.DataError(f"{path}: pass the directory that holds it together with its config.json")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic in _FOREIGN_MAGIC:
+        raise errors.DataError(f"{path}: expected a llama2.c file of version 0, found {_FOREIGN_MAGIC[magic]}")
+
+
+def save_hf(
+    directory: str | Path, config: ModelConfig, params: Mapping[str, np.ndarray], dtype: str = "float32"
+) -> None:
+    """Write a Hugging Face directory: config.json and model.safetensors.
+
+    Args:
+        directory: created when missing; a config.json and model.safetensors in it are replaced.
+        config: the model's dimensions.
+        params: fp32 arrays by Hugging Face name.
+        dtype: "float32", "float16" or "bfloat16" (rounded to nearest even).
+
+    Raises:
+        InvalidError: when the parameters do not fit the configuration, or the dtype is unknown.
+        NonFiniteError: on inf or NaN, or a value that the dtype cannot hold.
+    """
+    from anellm import weights_hf
+
+    weights_hf.write(Path(directory), config, params, dtype)
+
+
+def save_llama2c(path: str | Path, config: ModelConfig, params: Mapping[str, np.ndarray]) -> None:
+    """Write a llama2.c file of version 0.
+
+    Args:
+        path: the file, replaced when it exists.
+        config: the model's dimensions.
+        params: fp32 arrays by Hugging Face name.
+
+    Raises:
+        InvalidError: when version 0 cannot express the model, or the parameters do not fit the configuration.
+        NonFiniteError: on inf or NaN.
+    """
+    from anellm import weights_llama2c
+
+    weights_llama2c.write(Path(path), config, params)

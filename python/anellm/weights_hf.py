@@ -1,0 +1,299 @@
+"""Hugging Face model directories: config.json with model.safetensors, whole or sharded.
+
+safetensors (github.com/huggingface/safetensors): a little-endian u64 with the header's length, a JSON header of
+{name: {dtype, shape, data_offsets: [begin, end]}} with an optional __metadata__ of strings, then the tensors' bytes,
+row-major, without gaps. The header is parsed here, because a reader that is handed any file must refuse duplicate
+names and overlapping tensors by name, and because BF16 has no NumPy type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anellm import errors, safeio, weights
+from anellm.config import ModelConfig
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_JSON_BYTES = 64 << 20
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TIED_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a safetensors file: where it lies, checked against the file's size."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # from the start of the file
+    n_bytes: int
+
+
+def _parse_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
+    """Parse a JSON object that names nothing twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = {name for name in names if names.count(name) > 1} if len(names) < 10_000 else {"names"}
+            raise errors.DataError(f"{path}: {what}: duplicate {weights.name_list(twice)}")
+        return result
+
+    try:
+        value = json.loads(data, object_pairs_hook=unique)
+    except errors.DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise errors.DataError(f"{path}: {what}: expected JSON, found {error}") from None
+    if not isinstance(value, dict):
+        raise errors.DataError(f"{path}: {what}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a small JSON file."""
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise errors.DataError(f"{path}: size: expected at most {_MAX_JSON_BYTES} bytes of JSON, found {size}")
+    return _parse_json(path.read_bytes(), path, "content")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _entry(path: Path, name: str, info: object, data_start: int, size: int) -> _Entry:
+    """Check one tensor's description."""
+
+    def bad(field: str, expected: str, found: object) -> errors.DataError:
+        return errors.DataError(f"{path}: tensor {name}: {field}: expected {expected}, found {str(found)[:80]}")
+
+    if not isinstance(info, dict):
+        raise bad("description", "an object", info)
+    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise bad("dtype", "F32, F16 or BF16", dtype)
+    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
+        raise bad("shape", "a list of sizes", shape)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+        raise bad("data_offsets", "two offsets", offsets)
+    begin, end = offsets
+    n_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    if end - begin != n_bytes:
+        raise bad("data_offsets", f"{n_bytes} bytes for {dtype} of shape {shape}", f"{end - begin} bytes")
+    if data_start + end > size:
+        raise bad("data_offsets", f"an end within the {size - data_start} bytes of data", end)
+    return _Entry(path, dtype, tuple(shape), data_start + begin, n_bytes)
+
+
+def read_header(path: Path) -> dict[str, _Entry]:
+    """Read and check the header of one safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        DataError: on a short file, a header that does not fit or parse, a dtype other than F32, F16 and BF16, a name
+            used twice, tensors that overlap or leave gaps, or bytes after the last.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise errors.DataError(f"{path}: header length: expected 8 bytes, found {len(prefix)}")
+        (length,) = struct.unpack("<Q", prefix)
+        limit = min(size - 8, _MAX_HEADER_BYTES)
+        if length > limit:
+            raise errors.DataError(f"{path}: header length: expected at most {limit}, found {length}")
+        header = _parse_json(file.read(length), path, "header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise errors.DataError(f"{path}: __metadata__: expected strings by name, found something else")
+    data_start = 8 + length
+    entries = {name: _entry(path, name, info, data_start, size) for name, info in header.items()}
+    at, before = data_start, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].n_bytes)):
+        if entry.begin != at:
+            what = "overlaps" if entry.begin < at else "leaves a gap behind"
+            raise errors.DataError(
+                f"{path}: tensor {name}: data_offsets: expected to begin at {at - data_start}, "
+                f"found {entry.begin - data_start} ({what} {before})"
+            )
+        at, before = at + entry.n_bytes, name
+    if at != size:
+        raise errors.DataError(f"{path}: size: expected {at} bytes by its header, found {size}")
+    return entries
+
+
+def _collect(directory: Path) -> dict[str, _Entry]:
+    """Return the tensors of a directory, from its one file or from the shards that its index names."""
+    whole, index = directory / WEIGHTS_NAME, directory / INDEX_NAME
+    if whole.is_file():
+        return read_header(whole)
+    if not index.is_file():
+        pickled = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
+        found = f"{pickled[0]} (a pickle, which can run code: convert it to safetensors)" if pickled else "neither"
+        raise errors.DataError(f"{directory}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found {found}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise errors.DataError(f"{index}: weight_map: expected file names by tensor, found something else")
+    entries: dict[str, _Entry] = {}
+    for shard in sorted(set(weight_map.values())):
+        path = directory / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise errors.DataError(f"{index}: weight_map: expected files beside it, found {shard!r}")
+        for name, entry in read_header(path).items():
+            if weight_map.get(name) != shard:
+                raise errors.DataError(
+                    f"{path}: tensor {name}: expected in {weight_map.get(name, 'no file')} by the index"
+                )
+            entries[name] = entry
+    missing = weight_map.keys() - entries.keys()
+    if missing:
+        raise errors.DataError(f"{index}: weight_map: tensors missing from their files: {weights.name_list(missing)}")
+    return entries
+
+
+def _fp32(entry: _Entry, data: np.ndarray) -> np.ndarray:
+    """Return a tensor as fp32: a view of the mapped file where it is fp32 already, else a converted copy."""
+    raw = data[entry.begin : entry.begin + entry.n_bytes]
+    if entry.dtype == "F32":
+        array = raw.view("<f4") if raw.ctypes.data % 4 == 0 else raw.copy().view("<f4")
+    elif entry.dtype == "F16":
+        array = raw.view("<f2").astype(np.float32)
+    else:
+        bits = raw.view("<u2").astype(np.uint32)  # bfloat16 is the upper half of a float32
+        bits <<= 16
+        array = bits.view(np.float32)
+    return np.asarray(array).reshape(entry.shape)
+
+
+def _map(path: Path) -> np.ndarray:
+    """Map a file of at least one byte for reading."""
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def read(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]]:
+    """Open a Hugging Face directory.
+
+    Args:
+        directory: holds config.json and model.safetensors, or shards and their index.
+
+    Returns:
+        The configuration, and an iterator of (name, fp32 array) over the mapped files.
+
+    Raises:
+        DataError: on a damaged file, or tensors that do not fit config.json.
+    """
+    config_path = directory / "config.json"
+    fields = _read_json(config_path)
+    try:
+        config = ModelConfig.from_hf(fields, str(config_path))
+    except errors.DataError:
+        raise
+    except (errors.AnellmError, TypeError, OverflowError) as error:
+        raise errors.DataError(f"{config_path}: {error}") from None
+    entries = _collect(directory)
+    if config.n_layers > len(entries):  # before a table is made as long as config.json says
+        raise errors.DataError(
+            f"{config_path}: num_hidden_layers: expected at most one a tensor ({len(entries)}), found {config.n_layers}"
+        )
+    shapes = weights.tensor_shapes(config)
+    tied_head = entries.pop(_TIED_HEAD, None) if config.tie_embeddings else None
+    names = {name for name in entries if not name.endswith("rotary_emb.inv_freq")}  # a table that we recompute
+    for what, wrong in (("missing", shapes.keys() - names), ("unexpected", names - shapes.keys())):
+        if wrong:
+            raise errors.DataError(f"{directory}: {what} tensors for its config.json: {weights.name_list(wrong)}")
+    for name, shape in shapes.items():
+        if entries[name].shape != shape:
+            raise errors.DataError(
+                f"{entries[name].path}: tensor {name}: shape: expected {shape} by config.json, "
+                f"found {entries[name].shape}"
+            )
+    if tied_head is not None:
+        _compare_tied_head(tied_head, entries[_EMBEDDING])
+    return config, _read_tensors({name: entries[name] for name in shapes})
+
+
+def _compare_tied_head(head: _Entry, embedding: _Entry) -> None:
+    """Warn when a tied model carries a classifier of its own: it is ignored, as transformers does."""
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    if same:
+        a = _map(head.path)[head.begin : head.begin + head.n_bytes]
+        b = _map(embedding.path)[embedding.begin : embedding.begin + embedding.n_bytes]
+        same = all(np.array_equal(a[i : i + _CHUNK], b[i : i + _CHUNK]) for i in range(0, a.size, _CHUNK))
+    if not same:
+        warnings.warn(
+            f"{head.path}: {_TIED_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true: ignored",
+            stacklevel=4,
+        )
+
+
+def _read_tensors(entries: dict[str, _Entry]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors in order; each file is mapped once."""
+    maps: dict[Path, np.ndarray] = {}
+    for name, entry in entries.items():
+        if entry.path not in maps:
+            maps[entry.path] = _map(entry.path)
+        yield name, _fp32(entry, maps[entry.path])
+
+
+def _encode(name: str, array: np.ndarray, dtype: str) -> bytes | memoryview:
+    """Return a tensor's bytes in a file dtype, rounded to nearest even."""
+    array = np.ascontiguousarray(array, dtype="<f4").reshape(-1)
+    if dtype == "F32":
+        return array.data.cast("B")
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            half = array.astype("<f2")
+        overflow = ~np.isfinite(half)
+    else:
+        bits = array.view(np.uint32)
+        half = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype("<u2")
+        overflow = (half & 0x7F80) == 0x7F80
+    if overflow.any():
+        value = array[int(overflow.argmax())]
+        raise errors.NonFiniteError(f"params[{name!r}]: {value:g} does not fit {dtype}; use float32")
+    return half.data.cast("B")
+
+
+def write(directory: Path, config: ModelConfig, params: Mapping[str, np.ndarray], dtype: str) -> None:
+    """Write a Hugging Face directory; see `weights.save_hf`."""
+    if dtype not in _DTYPES:
+        raise errors.InvalidError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
+    code = _DTYPES[dtype]
+    shapes = weights.check_params(config, params)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        n_bytes = math.prod(shape) * _ITEM_BYTES[code]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, at + n_bytes]}
+        at += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned when the file is mapped
+    safeio.make_directory(directory)
+    with safeio.atomic_file(directory / WEIGHTS_NAME) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in shapes:
+            file.write(_encode(name, params[name], code))
+    fields = {**config.to_hf(), "torch_dtype": dtype}
+    safeio.write_bytes(directory / "config.json", safeio.json_bytes(fields))
