@@ -149,8 +149,8 @@ static void backward_rows(const struct attention *a, const struct query_rows *ro
     float *p = scratch, *dp = p + BLOCK_ROWS * BLOCK_KEYS, *d = dp + BLOCK_ROWS * BLOCK_KEYS;
     int64_t n_keys = keys_of_row(rows, rows->n - 1);
     for (int64_t r = 0; r < rows->n; r++)
-        anellm_matmul_serial(d + r, 1, rows->dout + r * rows->ld_out, s->head_dim, 0, rows->saved_out + r * rows->ld_out,
-                             s->head_dim, 1, 1, 1, s->head_dim, 0);
+        anellm_matmul_serial(d + r, 1, rows->dout + r * rows->ld_out, s->head_dim, 0,
+                             rows->saved_out + r * rows->ld_out, s->head_dim, 1, 1, 1, s->head_dim, 0);
     for (int64_t j = 0; j < n_keys; j += BLOCK_KEYS) {
         int64_t n = min64(BLOCK_KEYS, n_keys - j);
         const float *kj = k + j * s->ld_k, *vj = v + j * s->ld_v;

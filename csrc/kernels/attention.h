@@ -9,7 +9,9 @@
  *
  * q, out, dq, dout (B, Tq, n_heads, head_dim) with ld_q, ld_out floats from one token to the next; k, v, dk, dv
  * (B, Tk, n_kv_heads, head_dim) with ld_k, ld_v; lse (B, n_heads, Tq), which forward leaves out if NULL. dq, dk and dv
- * are overwritten and use the strides of q, k and v; dout uses that of out. Nothing may overlap. */
+ * are overwritten and use the strides of q, k and v; dout uses that of out. Nothing may overlap. Keys that a row does
+ * not see get the weight zero inside a block, so that finite values of theirs never matter; but zero times an infinity
+ * or NaN in v_j (in backward: k_j, v_j) is NaN, which can reach up to 63 rows before j. */
 #ifndef ANELLM_KERNELS_ATTENTION_H
 #define ANELLM_KERNELS_ATTENTION_H
 

@@ -11,7 +11,8 @@ ANELLM_TARGET_AVX2 float attention_max__avx2(const float *s, int64_t n, float sc
     const __m256 factor = _mm256_set1_ps(scale), none = _mm256_set1_ps(-INFINITY);
     __m256 max = none;
     int64_t i = 0;
-    /* max(x, y) is y if either is NaN: with the running maximum as y a NaN leaves it as it is, as in the portable one. */
+    /* max(x, y) is y if either is NaN: with the running maximum as y, a NaN leaves it as it is, as in the portable
+     * one. */
     for (; i + 8 <= n; i += 8) max = _mm256_max_ps(_mm256_mul_ps(factor, _mm256_loadu_ps(s + i)), max);
     if (i < n) {
         __m256i mask = anellm_mask_avx2(n - i);

@@ -1,16 +1,39 @@
 #include "kernels/common.h"
 
+enum { LANES = 8 }; /* independent partial results, so that one does not wait for the one before */
+
+/* Largest of a row, NaN left out: a NaN shows up in the sum. */
+static float row_max(const float *row, int64_t n) {
+    float lanes[LANES], max = -INFINITY;
+    int64_t j = 0;
+    for (int l = 0; l < LANES; l++) lanes[l] = max;
+    for (; j + LANES <= n; j += LANES) {
+        for (int l = 0; l < LANES; l++) lanes[l] = row[j + l] > lanes[l] ? row[j + l] : lanes[l];
+    }
+    for (; j < n; j++) max = row[j] > max ? row[j] : max;
+    for (int l = 0; l < LANES; l++) max = lanes[l] > max ? lanes[l] : max;
+    return max;
+}
+
+static double row_sum_exp(const float *row, int64_t n, float max) {
+    double lanes[LANES] = {0}, sum = 0.0;
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        for (int l = 0; l < LANES; l++) lanes[l] += (double)expf(row[j + l] - max);
+    }
+    for (; j < n; j++) sum += (double)expf(row[j] - max);
+    for (int l = 0; l < LANES; l++) sum += lanes[l];
+    return sum;
+}
+
 void cross_entropy_forward__portable(float *losses, float *lse, const float *logits, int64_t ld_logits,
                                      const int32_t *targets, int64_t N, int64_t vocab_size) {
     for (int64_t n = 0; n < N; n++) {
         const float *row = logits + n * ld_logits;
         float loss = 0.0f, row_lse = 0.0f;
         if (targets[n] != ANELLM_IGNORE_INDEX) {
-            float max = -INFINITY;
-            double sum = 0.0;
-            for (int64_t j = 0; j < vocab_size; j++) max = row[j] > max ? row[j] : max; /* a NaN shows up in sum */
-            for (int64_t j = 0; j < vocab_size; j++) sum += (double)expf(row[j] - max);
-            const float log_sum = (float)log(sum);
+            const float max = row_max(row, vocab_size);
+            const float log_sum = (float)log(row_sum_exp(row, vocab_size, max));
             row_lse = max + log_sum;
             loss = log_sum + (max - row[targets[n]]); /* exact difference first: lse would round away a small loss */
         }

@@ -10,7 +10,7 @@ enum { SHARED_ROWS = 1024, SHARED_VALUES = 2 << 20 };
 /* Columns that a thread packs for itself at a time. */
 enum { OWN_COLUMNS = 512 };
 /* Enough tiles to keep many threads busy to the end, and the product below which splitting does not pay. */
-enum { MIN_TILES = 16, MIN_PARALLEL_WORK = 1 << 15 };
+enum { MIN_TILES = 16, MIN_PARALLEL_WORK = 1 << 17 };
 
 struct product {
     const struct matmul_engine *engine;
@@ -112,8 +112,8 @@ static void multiply_plainly(const struct product *p, int64_t i, int64_t i_end, 
     }
 }
 
-/* What this thread will pack after the block of k that ends at `k`: the next block of the same tile, or the first of the
- * tile beside it, which this thread or another will take soon. */
+/* What this thread will pack after the block of k that ends at `k`: the next block of the same tile, or the first of
+ * the tile beside it, which this thread or another will take soon. */
 static struct lines_ahead what_is_next(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end,
                                        int64_t k, int64_t tiles) {
     if (k >= p->ks) {
@@ -150,7 +150,8 @@ static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int
         int accumulate = p->accumulate || p->k0 + k > 0;
         const unsigned char *b = own_b;
         if (p->shared_b != NULL)
-            b = p->shared_b + panel_bytes(engine, p->ns, engine->nr, k) + panel_bytes(engine, j - p->n0, engine->nr, kc);
+            b = p->shared_b + panel_bytes(engine, p->ns, engine->nr, k) +
+                panel_bytes(engine, j - p->n0, engine->nr, kc);
         else
             pack_columns_b(p, own_b, j, j_end, p->k0 + k, kc);
         struct lines_ahead ahead = what_is_next(p, i, i_end, j, j_end, k + kc, tiles);
@@ -262,7 +263,8 @@ static int multiply_parallel(struct product *p) {
             for (p->k0 = 0; p->k0 < p->K; p->k0 += ks) {
                 p->ks = min64(ks, p->K - p->k0);
                 int64_t k_blocks = (p->ks + p->kc - 1) / p->kc;
-                int64_t panels_a = (p->ms + engine->mr - 1) / engine->mr, panels_b = (p->ns + engine->nr - 1) / engine->nr;
+                int64_t panels_a = (p->ms + engine->mr - 1) / engine->mr;
+                int64_t panels_b = (p->ns + engine->nr - 1) / engine->nr;
                 if (share_a) anellm_parallel_for(panels_a * k_blocks, 8, pack_a_body, p);
                 if (share_b) anellm_parallel_for(panels_b * k_blocks, 4, pack_b_body, p);
                 int64_t tiles = ((p->ms + p->mt - 1) / p->mt) * ((p->ns + p->nt - 1) / p->nt);

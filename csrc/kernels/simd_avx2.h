@@ -20,7 +20,8 @@ ANELLM_TARGET_AVX2 static inline __m256 anellm_exp_avx2(__m256 x) {
     x = _mm256_min_ps(_mm256_set1_ps(89.0f), x);
     __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(0x1.715476p+0f)),
                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e400p-1f), x); /* ln 2 in two parts; n times the first is exact */
+    /* ln 2 in two parts; n times the first is exact. */
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e400p-1f), x);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.7f7d1cp-20f), r);
     __m256 q = _mm256_set1_ps(0x1.6a23d0p-10f);
     q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(0x1.123a20p-7f));

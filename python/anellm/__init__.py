@@ -27,13 +27,28 @@ _EXPORTS = {
     "Tokenizer": "anellm.tokenizer",
     "TrainConfig": "anellm.config",
     "Trainer": "anellm.trainer",
+    "set_threads": "anellm.device",
 }
 
-__all__ = [*sorted(_EXPORTS), "__version__"]
+__all__ = [
+    "IGNORE_INDEX",
+    "AdamW",
+    "AnellmError",
+    "Model",
+    "ModelConfig",
+    "Sampling",
+    "TokenDataset",
+    "Tokenizer",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "set_threads",
+]
 
 if TYPE_CHECKING:
     from anellm.config import ModelConfig, TrainConfig
     from anellm.data import TokenDataset
+    from anellm.device import set_threads
     from anellm.errors import AnellmError
     from anellm.model import IGNORE_INDEX, Model
     from anellm.optim import AdamW

@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(verb: str, rest: Sequence[str]) -> int:
     if verb in ("-V", "--version"):
-        from importlib.metadata import version
+        from anellm import __version__
 
-        print(f"anellm {version('anellm')}")
+        print(f"anellm {__version__}")
         return 0
     if verb not in VERBS:
         raise ConfigError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")

@@ -9,6 +9,8 @@ import numpy as np
 from anellm import errors
 from anellm._anellm import ffi, lib  # type: ignore[import-not-found]
 
+__all__ = ["Handle", "check", "ffi", "lib", "ptr", "text"]
+
 _ERRORS: dict[int, type[errors.AnellmError]] = {
     lib.ANELLM_INVALID: errors.InvalidError,
     lib.ANELLM_RANGE: errors.TokenRangeError,
@@ -43,7 +45,9 @@ def check(status: int) -> None:
     raise _ERRORS.get(status, errors.InternalError)(text(lib.anellm_last_error()))
 
 
-def ptr(array: Any, dtype: Any, shape: tuple[int, ...] | None = None, *, write: bool = False, name: str = "array") -> Any:
+def ptr(
+    array: Any, dtype: Any, shape: tuple[int, ...] | None = None, *, write: bool = False, name: str = "array"
+) -> Any:
     """Return the C pointer of a NumPy array, after checking that C may use it as it is.
 
     This is the one gate for arrays: cffi's own ``from_buffer`` reinterprets a float64 array as floats without a word.

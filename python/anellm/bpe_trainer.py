@@ -53,9 +53,8 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     ranked = sorted(characters, key=lambda char: (-characters[char], char))[: max(1, room // 2)]
     merges = _Merger(words, ranked).run(room - len(ranked))
     if len(merges) + len(ranked) < room:
-        raise InvalidError(
-            f"vocab_size: expected at most {FIRST_PIECE_ID + len(merges) + len(ranked)} for this text, found {vocab_size}"
-        )
+        most = FIRST_PIECE_ID + len(merges) + len(ranked)
+        raise InvalidError(f"vocab_size: expected at most {most} for this text, found {vocab_size}")
     learnt = [piece.encode("utf-8") for piece in (*merges, *ranked)]
     scores = [0.0] * FIRST_PIECE_ID + [-float(rank) for rank in range(len(learnt))]
     return Tokenizer([*_SPECIAL, *BYTE_PIECES, *learnt], scores, source="trained tokenizer")

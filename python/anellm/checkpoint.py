@@ -8,11 +8,8 @@ known, and checkpoint.json, written last, with the size and SHA-256 of every oth
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import stat
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy as np
 
 from anellm import safeio
 from anellm.errors import CheckpointError, NonFiniteError
+from anellm.weights_hf import write_safetensors
 
 if TYPE_CHECKING:
     from anellm.model import Model
@@ -48,24 +46,7 @@ def list_steps(run_dir: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m)
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------
-
-
-def write_safetensors(file: safeio.NewFile, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write fp32 tensors in the safetensors format, without a copy of them in memory.
-
-    Source: the format's description at github.com/huggingface/safetensors: u64 header length, JSON header, data.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, array in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # keeps the data aligned when the file is mapped
-    file.write(struct.pack("<Q", len(text)) + text)
-    for array in tensors.values():
-        file.write(np.ascontiguousarray(array, dtype="<f4").reshape(-1).data)
+# ---- writing -----------------------------------------------------------------------------------------------------
 
 
 def _check_finite(tensors: Mapping[str, np.ndarray[Any, Any]], what: str) -> None:
@@ -143,7 +124,7 @@ def read_best(run_dir: Path) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
-# ---- verifying and finding ------------------------------------------------------------------------------------------
+# ---- verifying and finding ---------------------------------------------------------------------------------------
 
 
 def _digest(path: Path, size: Any) -> str:
@@ -152,16 +133,10 @@ def _digest(path: Path, size: Any) -> str:
     Raises:
         CheckpointError: when it is missing, not a regular file, or of another size.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: expected a regular file")
-        if status.st_size != size:
-            raise CheckpointError(f"{path}: size: expected {size} bytes by {MANIFEST}, found {status.st_size}")
+    with safeio.open_regular(path, CheckpointError) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise CheckpointError(f"{path}: size: expected {size} bytes by {MANIFEST}, found {found}")
         digest = hashlib.sha256()
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -232,7 +207,7 @@ def resolve_model_path(path: str | Path) -> Path:
     return newest
 
 
-# ---- loading ----------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

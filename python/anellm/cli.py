@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+from anellm.device import environment_threads
 from anellm.errors import AnellmError, ConfigError
 from anellm.options import MANY_CHOICES, OptionField, convert_text, describe, from_mapping, nearest, option_fields
 
@@ -50,8 +51,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("anellm.generate", "write text with a model"),
     "info": ("anellm.info", "show the device, the CPU variant and the versions in use"),
 }
-
-_ENVIRONMENT = {"device": ("ANELLM_DEVICE",), "threads": ("ANELLM_THREADS", "OMP_NUM_THREADS")}
 
 
 @dataclass(frozen=True)
@@ -92,19 +91,11 @@ def build_parser(cls: type, name: str, summary: str) -> argparse.ArgumentParser:
 
 
 def _from_environment(item: OptionField) -> Any:
-    """Return an option's value from the environment, or None.
-
-    OMP_NUM_THREADS belongs to OpenMP: of a list ("4,2") the first counts, and what does not fit is left alone.
-    """
-    for variable in _ENVIRONMENT.get(item.name, ()):
-        text = os.environ.get(variable, "").strip()
-        if not text:
-            continue
-        if variable.startswith("ANELLM_"):
-            return convert_text(item, text, f"environment variable {variable}")
-        first = text.split(",")[0].strip()
-        return int(first) if first.isdecimal() and 1 <= int(first) <= (item.option.high or 1) else None
-    return None
+    """Return an option's value from the environment, or None."""
+    if item.name == "threads":
+        return environment_threads()
+    text = os.environ.get("ANELLM_DEVICE", "").strip() if item.name == "device" else ""
+    return convert_text(item, text, "environment variable ANELLM_DEVICE") if text else None
 
 
 def read_config_file(cls: type, path: str) -> dict[str, Any]:
@@ -154,22 +145,11 @@ def parse(cls: type[C], argv: Sequence[str], name: str = "", summary: str = "", 
 
 
 def _refuse_extra(parser: argparse.ArgumentParser, word: str) -> NoReturn:
-    flag = word.split("=")[0]
+    flag = word.split("=", maxsplit=1)[0]
     if not flag.startswith("-"):
         raise ConfigError(f"unexpected argument {word!r}")
     known = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
     raise ConfigError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), known)}")
-
-
-def set_threads(threads: int) -> int:
-    """Set the size of the thread pool and return it; 0 means every CPU that this process may use."""
-    from anellm._ffi import check, lib
-
-    if threads == 0:
-        affinity = getattr(os, "sched_getaffinity", None)
-        threads = min(256, len(affinity(0)) if affinity else (os.cpu_count() or 1))
-    check(lib.anellm_set_threads(threads))
-    return int(lib.anellm_get_threads())
 
 
 @dataclass(frozen=True)

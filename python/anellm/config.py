@@ -180,6 +180,10 @@ class ModelConfig:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return embeddings + self.n_layers * layer + self.dim
 
+    def n_params_without_embeddings(self) -> int:
+        """Return the number of parameters besides the embedding table and a separate classifier."""
+        return self.n_params() - self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+
     def _layer_matmul_params(self) -> int:
         attention = 2 * self.q_dim * self.dim + 2 * self.kv_dim * self.dim
         return attention + 3 * self.hidden_dim * self.dim
@@ -202,7 +206,7 @@ class ModelConfig:
         return 6 * matmul + 6 * self.n_layers * self.q_dim * seq_len
 
 
-DEFAULT_STEPS = 600
+DEFAULT_STEPS = 1000
 _MAX = 2**53  # the largest range in which JSON readers keep whole numbers exact
 
 
@@ -257,7 +261,12 @@ class TrainConfig(CommonOptions):
         None, "tokens in a sequence [the model's longest, at most 1024]", low=1, high=2**24, group="optimization"
     )
     gradient_accumulation_steps: int = option(1, "micro-steps in a step", low=1, high=2**20, group="optimization")
-    learning_rate: float = option(2e-3, "highest learning rate", low=0, group="optimization")
+    learning_rate: float | None = option(
+        None,
+        "highest learning rate [by the model's size: 1.3e-3 for tiny, 6.9e-4 for stories110m; a tenth with --model]",
+        low=0,
+        group="optimization",
+    )
     min_learning_rate: float | None = option(
         None, "where a schedule that decays ends [a tenth of --learning-rate]", low=0, group="optimization"
     )
@@ -309,11 +318,9 @@ class TrainConfig(CommonOptions):
             raise ConfigError(f"--steps and --epochs exclude each other, found {self.steps} and {self.epochs:g}")
         if self.model is not None and self.preset is not None:
             raise ConfigError(f"--model and --preset exclude each other, found {self.model} and {self.preset}")
-        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
-            raise ConfigError(
-                f"--min-learning-rate: expected at most --learning-rate={self.learning_rate:g}, "
-                f"found {self.min_learning_rate:g}"
-            )
+        peak, end = self.learning_rate, self.min_learning_rate
+        if end is not None and peak is not None and end > peak:
+            raise ConfigError(f"--min-learning-rate: expected at most --learning-rate={peak:g}, found {end:g}")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError(f"--decay-steps: only for --schedule wsd, found --schedule {self.schedule}")
         if self.val_data is not None and self.data is None:

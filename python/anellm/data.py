@@ -183,6 +183,18 @@ class TokenDataset:
             total -= self.tokenizer.count_bytes(head)
         return total
 
+    def target_bytes(self, count: int) -> int | None:
+        """Return how many bytes of text the first ``count`` targets stand for; None where the tokenizer is not known.
+
+        Args:
+            count: targets, from the second token on: the first token is context only.
+        """
+        if self.tokenizer is None:
+            return None
+        # It is counted and taken off again, since whether a leading space counts depends on the token before.
+        seen = TokenDataset(self.tokens[: count + 1], tokenizer=self.tokenizer, checked=True)
+        return (seen.n_bytes or 0) - self.tokenizer.count_bytes(self.tokens[:1])
+
     @cached_property
     def sha256(self) -> str:
         """Return the SHA-256 of the tokens as they are stored, in hexadecimal."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from anellm.cli import Result, Verb, set_threads
+from anellm.cli import Result, Verb
 from anellm.data import TokenDataset
+from anellm.device import set_threads
 from anellm.errors import ConfigError
 from anellm.inputs import check_fits
+from anellm.measure import measure
 from anellm.model import Model, memory
 from anellm.options import CommonOptions, option
 from anellm.weights import load_pretrained, load_tokenizer
@@ -35,70 +37,21 @@ class EvaluateConfig(CommonOptions):
     batch_size: int = option(8, "windows at a time", low=1, high=2**20, group="data")
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A model's loss over consecutive windows of data.
+def _show(total: int) -> Callable[[int, float], None] | None:
+    """Return what keeps a line on stderr up to date, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    shown = 0.0
 
-    Attributes:
-        loss: mean negative log-likelihood of a token, in nats.
-        tokens: targets that were measured.
-        windows: windows they were in.
-        seconds: how long it took.
-        n_bytes: bytes of text that the targets stand for; None where the tokenizer is not known.
-    """
-
-    loss: float
-    tokens: int
-    windows: int
-    seconds: float
-    n_bytes: int | None
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """Return the numbers that ``--json`` writes."""
-        nats = self.loss * self.tokens
-        return {
-            "loss": self.loss,
-            "perplexity": math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf,
-            "bits_per_byte": nats / math.log(2) / self.n_bytes if self.n_bytes else None,
-            "tokens": self.tokens,
-            "windows": self.windows,
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens / self.seconds if self.seconds > 0 else None,
-        }
-
-
-def measure(model: Model, data: TokenDataset, batch_size: int, seq_len: int, max_windows: int = 0) -> Measurement:
-    """Measure a model on consecutive windows that do not overlap; what is left at the end is not measured.
-
-    Args:
-        model: the model.
-        data: the tokens; each is predicted from those before it in its window.
-        batch_size: windows at a time.
-        seq_len: tokens in a window.
-        max_windows: stop after so many; 0 takes all.
-
-    Raises:
-        DataError: when the data is shorter than one window.
-    """
-    total = data.n_eval_windows(seq_len, max_windows or None)
-    nats, windows, shown = 0.0, 0, 0.0
-    start = time.perf_counter()
-    for tokens, targets in data.eval_windows(batch_size, seq_len, max_windows or None):
-        nats += model.forward(tokens, targets, training=False) * targets.size  # a float64 sum
-        windows += len(tokens)
-        now = time.perf_counter()
-        if sys.stderr.isatty() and (now - shown > 1 or windows == total):
+    def show(windows: int, loss: float) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 1 or windows == total:
             shown = now
             end = "\n" if windows == total else ""
-            print(f"\r{windows}/{total} windows, loss {nats / (windows * seq_len):.4f}", end=end, file=sys.stderr)
-    seconds = time.perf_counter() - start
-    count = windows * seq_len
-    n_bytes = None
-    if data.tokenizer is not None:
-        # The first token is context only; it is counted and taken off, since a space after BOS counts as nothing.
-        seen = TokenDataset(data.tokens[: count + 1], tokenizer=data.tokenizer, checked=True)
-        n_bytes = (seen.n_bytes or 0) - data.tokenizer.count_bytes(data.tokens[:1])
-    return Measurement(nats / count, count, windows, seconds, n_bytes)
+            print(f"\r{windows}/{total} windows, loss {loss:.4f}", end=end, file=sys.stderr)
+
+    return show
 
 
 def run(config: EvaluateConfig) -> Result:
@@ -115,8 +68,20 @@ def run(config: EvaluateConfig) -> Result:
     data = TokenDataset.from_file(config.data, config.token_dtype, shape.vocab_size, tokenizer)
     check_fits(memory(shape, config.batch_size, seq_len, training=False))
     model = Model.from_pretrained(config.model, device=config.device)
-    found = measure(model, data, config.batch_size, seq_len, config.max_windows)
-    values = {**found.to_dict(), "model": config.model, "data": config.data, "seq_len": seq_len}
+    show = _show(data.n_eval_windows(seq_len, config.max_windows or None))
+    found = measure(model, data, config.batch_size, seq_len, config.max_windows, show)
+    values = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        "tokens": found.tokens,
+        "windows": found.windows,
+        "seconds": found.seconds,
+        "tokens_per_s": found.tokens_per_s,
+        "model": config.model,
+        "data": config.data,
+        "seq_len": seq_len,
+    }
     values["tokenizer_sha256"] = tokenizer.sha256 if tokenizer is not None else None
     bits = values["bits_per_byte"]
     print(

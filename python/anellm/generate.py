@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anellm.cli import Result, Verb, set_threads
+from anellm.cli import Result, Verb
 from anellm.data import read_text
+from anellm.device import set_threads
 from anellm.errors import ConfigError, DataError
 from anellm.inputs import check_fits
 from anellm.model import Model, memory

@@ -10,7 +10,8 @@ from importlib import metadata
 from typing import Any
 
 from anellm._ffi import lib, text
-from anellm.cli import Result, Verb, set_threads
+from anellm.cli import Result, Verb
+from anellm.device import set_threads, why_no_ane
 from anellm.machine import available_bytes, human_bytes
 from anellm.options import CommonOptions, option
 
@@ -29,15 +30,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def why_no_ane() -> str:
-    """Return why the Apple Neural Engine is not used on this machine."""
-    if platform.system() != "Darwin":
-        return f"the Apple Neural Engine needs macOS on Apple silicon; this is {platform.system()}"
-    if platform.machine() != "arm64":
-        return f"the Apple Neural Engine needs Apple silicon; this Mac, or this Python, is {platform.machine()}"
-    return "this version of anellm has no backend for the Apple Neural Engine: it computes on the CPU"
 
 
 def _total_bytes() -> int | None:
@@ -82,7 +74,6 @@ def collect(threads: int) -> dict[str, Any]:
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Return labels and values, in the order to print."""
-
     total, free = (
         "unknown" if found[key] is None else human_bytes(found[key])
         for key in ("memory_bytes", "memory_available_bytes")

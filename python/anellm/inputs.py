@@ -47,9 +47,30 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer | None) -> ModelConfi
 
 
 def load_data(
+    config: TrainConfig, shape: ModelConfig, tokenizer: Tokenizer | None
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """Return the training and held-out tokens; None when nothing is held out.
+
+    Raises:
+        DataError: when a file is damaged, holds an id outside the vocabulary, or a part is shorter than a window.
+    """
+    train_data, val_data = _open_data(config, shape.vocab_size, tokenizer)
+    seq_len = default_seq_len(config, shape.max_seq_len)
+    train_data.check_window(seq_len)
+    if val_data is not None:
+        try:
+            val_data.check_window(seq_len)
+        except DataError as error:
+            part = (
+                "--val-data" if config.val_data else f"the part that --val-fraction {config.val_fraction:g} holds out"
+            )
+            raise DataError(f"{part}: {error}") from None
+    return train_data, val_data
+
+
+def _open_data(
     config: TrainConfig, vocab_size: int, tokenizer: Tokenizer | None
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """Return the training and held-out tokens; None when nothing is held out."""
     if config.data is None:
         data = TokenDataset.shipped()
         data.check_ids(vocab_size)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -12,6 +11,7 @@ import numpy as np
 from anellm import errors
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
 from anellm.config import ModelConfig
+from anellm.device import configure, resolve_device
 from anellm.sample import BOS_ID, EOS_ID, Sampling, TokenStream, generate_stream
 
 IGNORE_INDEX: int = lib.ANELLM_IGNORE_INDEX
@@ -107,22 +107,6 @@ def memory(config: ModelConfig, batch_size: int, seq_len: int, *, training: bool
     return Memory(*(getattr(info, name) for name in Memory._fields))
 
 
-def resolve_device(device: str) -> str:
-    """Return the device that a name stands for: "auto" takes ANELLM_DEVICE, and else the CPU.
-
-    Raises:
-        UnavailableError: when this build has no such device.
-    """
-    name = device
-    if name == "auto":
-        name = os.environ.get("ANELLM_DEVICE", "").strip() or "cpu"
-    if name == "auto":
-        name = "cpu"
-    if name != "cpu":
-        raise errors.UnavailableError(f"device: expected auto or cpu, found {name!r}")
-    return name
-
-
 class _Span:
     """Floats inside a C object, which it keeps alive: NumPy views of it have it as their base."""
 
@@ -170,6 +154,7 @@ class Model:
 
     def __init__(self, config: ModelConfig, device: str = "auto", *, seed: int | None = 0) -> None:
         """See the class."""
+        configure()
         self.config = config
         self.device = resolve_device(device)
         self.tokenizer_path: Path | None = None
@@ -190,9 +175,7 @@ class Model:
         last = self.tensors[-1]
         n = last.offset + int(np.prod(last.shape))
         flat = np.asarray(_Span(self._handle, pointer, n))
-        return {
-            t.name: flat[t.offset : t.offset + int(np.prod(t.shape))].reshape(t.shape) for t in self.tensors
-        }
+        return {t.name: flat[t.offset : t.offset + int(np.prod(t.shape))].reshape(t.shape) for t in self.tensors}
 
     # ---- making and keeping ------------------------------------------------------------------------------------
 
@@ -297,7 +280,7 @@ class Model:
         """Return the memory that a pass over (batch_size, seq_len) tokens takes in all."""
         return memory(self.config, batch_size, seq_len, training=training)
 
-    # ---- forward and backward ---------------------------------------------------------------------------------------
+    # ---- forward and backward -------------------------------------------------------------------------------------
 
     @overload
     def forward(self, tokens: np.ndarray[Any, Any], targets: None = None) -> FloatArray: ...
@@ -395,7 +378,7 @@ class Model:
         tensor = self.tensors[first[0]].name if first[0] >= 0 else None
         return GradNorm(float(norm[0]), int(bad[0]), tensor)
 
-    # ---- decoding -----------------------------------------------------------------------------------------------------
+    # ---- decoding -------------------------------------------------------------------------------------------------
 
     def kvcache(self, max_tokens: int | None = None) -> KVCache:
         """Return an empty cache for decode().
@@ -483,7 +466,6 @@ class Model:
     ) -> TokenStream:
         """Return an iterator over new tokens: see anellm.sample.generate_stream."""
         return generate_stream(self, ids, max_new_tokens, sampling, stop_ids=stop_ids, sample_index=sample_index)
-
 
     def __repr__(self) -> str:
         """Return the shape in a line."""

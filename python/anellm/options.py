@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from anellm.device import DEVICES, MAX_THREADS
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -261,12 +262,12 @@ def describe(item: OptionField) -> str:
 class CommonOptions:
     """The options that every verb with a model has; a verb's config dataclass inherits them."""
 
-    device: str = option("auto", "what computes; environment: ANELLM_DEVICE", choices=("auto", "cpu"), group="machine")
+    device: str = option("auto", "what computes; environment: ANELLM_DEVICE", choices=DEVICES, group="machine")
     threads: int = option(
         0,
         "CPU threads; 0: all this process may use; environment: ANELLM_THREADS, else OMP_NUM_THREADS",
         low=0,
-        high=256,
+        high=MAX_THREADS,
         group="machine",
     )
     json: str | None = option(None, "write the result to this file as JSON", group="output", flag_only=True)

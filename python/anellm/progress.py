@@ -79,6 +79,8 @@ class Progress:
         if self._live is not None and self._task is not None:
             self._live.update(self._task, text="")
             self._live.start()
+            # Left visible: a process that is killed could not bring it back.
+            self._live.console.show_cursor(True)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -19,6 +19,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -334,8 +335,8 @@ def read_json(path: Path, error: type[AnellmError], limit_bytes: int = 16 << 20)
     return values
 
 
-def read_regular(path: Path, error: type[AnellmError], limit_bytes: int) -> bytes:
-    """Return the content of a small regular file; links and special files are refused.
+def open_regular(path: Path, error: type[AnellmError]) -> FileIO:
+    """Open a regular file to read; links and special files are refused, and none of them is waited for.
 
     Raises:
         AnellmError: of the class given.
@@ -344,10 +345,20 @@ def read_regular(path: Path, error: type[AnellmError], limit_bytes: int) -> byte
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | _NOFOLLOW)
     except OSError as problem:
         raise error(f"{path}: {problem.strerror or problem}") from None
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path}: expected a regular file")
-        if status.st_size > limit_bytes:
-            raise error(f"{path}: expected at most {limit_bytes} bytes, found {status.st_size}")
-        return file.read(limit_bytes + 1)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise error(f"{path}: expected a regular file")
+    return FileIO(fd)
+
+
+def read_regular(path: Path, error: type[AnellmError], limit_bytes: int) -> bytes:
+    """Return the content of a small regular file; see open_regular().
+
+    Raises:
+        AnellmError: of the class given.
+    """
+    with open_regular(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit_bytes:
+            raise error(f"{path}: expected at most {limit_bytes} bytes, found {size}")
+        return file.read()

@@ -244,7 +244,8 @@ def generate_stream(
         raise errors.InvalidError("ids: expected at least one token (BOS to start a new text), found none")
     if len(ids) > model.config.max_seq_len:
         raise errors.InvalidError(
-            f"ids: expected at most max_seq_len = {model.config.max_seq_len} tokens, found {len(ids)}; shorten the prompt"
+            f"ids: expected at most max_seq_len = {model.config.max_seq_len} tokens, found {len(ids)}: "
+            "shorten the prompt"
         )
     if max_new_tokens < 0:
         raise errors.InvalidError(f"max_new_tokens: expected at least 0, found {max_new_tokens}")

@@ -9,6 +9,20 @@ from anellm.errors import InvalidError
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 
+def default_learning_rate(n_params: int, *, pretrained: bool = False) -> float:
+    """Return a peak learning rate that suits a model of this size, to three digits.
+
+    Args:
+        n_params: parameters without embeddings.
+        pretrained: the weights are trained already; a tenth then, which does not undo them.
+
+    Source: ``0.003239 - 0.0001395 ln n``, Kaplan et al. 2020, arXiv:2001.08361, eq. D.1; not below 1e-4, since it
+        would end at 0 for very large models.
+    """
+    rate = max(1e-4, 0.003239 - 0.0001395 * math.log(max(1, n_params)))
+    return float(f"{rate / 10 if pretrained else rate:.3g}")
+
+
 def learning_rate(
     step: int,
     *,

@@ -56,7 +56,9 @@ class Tokenizer:
             raise DataError(
                 f"{source}: expected at least {FIRST_PIECE_ID} tokens (3 special, 256 bytes), found {len(pieces)}"
             )
-        for index, (piece, score) in enumerate(zip(pieces, scores, strict=True)):
+        with np.errstate(over="ignore"):  # what overflows float32 becomes inf, and is refused below
+            self.scores: tuple[float, ...] = tuple(np.asarray(scores, dtype=np.float32).tolist())
+        for index, (piece, score) in enumerate(zip(pieces, self.scores, strict=True)):
             if not piece:
                 raise DataError(f"{source}: token {index}: length: expected at least 1, found 0")
             if not math.isfinite(score):
@@ -65,14 +67,13 @@ class Tokenizer:
                 expected = BYTE_PIECES[index - FIRST_BYTE_ID].decode()
                 raise DataError(f"{source}: token {index}: expected the byte token {expected}, found {piece!r}")
         self.pieces = tuple(pieces)
-        self.scores = tuple(float(score) for score in scores)
         self._build_tables()
         self._cache: dict[str, list[int]] = {}
 
     def _build_tables(self) -> None:
         """Fill the lookup tables of the encoder and decoder."""
-        # As in sentencepiece, text never becomes a special or byte token by merging: only pieces from 259 on count.
-        # A piece that is not UTF-8 cannot arise from whole code points. Of equal pieces the first counts.
+        # As in sentencepiece, text never merges into a special or byte token: only pieces from 259 on count. A piece
+        # that is not UTF-8 cannot arise from whole code points. Of equal pieces the first counts.
         self._ids: dict[str, int] = {}
         for index, piece in enumerate(self.pieces[FIRST_PIECE_ID:], FIRST_PIECE_ID):
             try:
@@ -393,7 +394,7 @@ class TokenStream:
 
 
 def split_documents(text: str) -> list[str]:
-    """Return the documents between ``<|endoftext|>`` markers, without the newlines around a marker, and no empty one."""
+    """Return the documents between ``<|endoftext|>`` markers, without the newlines around them; none is empty."""
     parts = text.split(DOCUMENT_SEPARATOR)
     last = len(parts) - 1
     for index in range(last):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from anellm import curve, inputs, metrics, rundir
-from anellm.cli import EXIT_INTERRUPTED, Result, Verb, set_threads
+from anellm.cli import EXIT_INTERRUPTED, Result, Verb
 from anellm.config import ModelConfig, TrainConfig
+from anellm.device import set_threads
 from anellm.machine import human_bytes, human_count
+from anellm.measure import perplexity
 from anellm.model import Model
 from anellm.progress import Progress, duration
 from anellm.trainer import Trainer, TrainResult
@@ -52,7 +53,7 @@ def run(config: TrainConfig) -> Result:
         inputs.print_forecast(report)
         return Result(report)
     inputs.check_fits(need)
-    train_data, val_data = inputs.load_data(config, shape.vocab_size, tokenizer)
+    train_data, val_data = inputs.load_data(config, shape, tokenizer)
     name = config.preset or (Path(config.model).stem if config.model else inputs.DEFAULT_PRESET)
     config = dataclasses.replace(
         config,
@@ -98,9 +99,8 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         print("\n" + curve.draw(*curve.points(metrics.read(path)), width, ascii_only=ascii_only) + "\n")
     val = "" if state.val_loss is None else f", validation loss {state.val_loss:.4f}"
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
-    print(
-        f"{'interrupted at' if result.interrupted else 'done:'} step {state.step} in {duration(state.seconds)}{loss}{val}"
-    )
+    how = "interrupted at" if result.interrupted else "done:"
+    print(f"{how} step {state.step} in {duration(state.seconds)}{loss}{val}")
     if result.interrupted:
         print(f"go on:  anellm train --resume --out {path}")
     print(f"write:  anellm generate --model {path}")
@@ -109,7 +109,7 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         "out": str(path),
         "n_params": shape.n_params(),
         "loss": result.loss,
-        "perplexity": None if state.val_loss is None else math.exp(min(state.val_loss, 700.0)),
+        "perplexity": None if state.val_loss is None else perplexity(state.val_loss),
         "interrupted": result.interrupted,
     }
     return Result(values, EXIT_INTERRUPTED if result.interrupted else 0)

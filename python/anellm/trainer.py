@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anellm import checkpoint
-from anellm.config import DEFAULT_STEPS, TrainConfig
-from anellm.errors import CheckpointError, ConfigError, DivergedError
+from anellm.config import DEFAULT_STEPS, ModelConfig, TrainConfig
+from anellm.errors import CheckpointError, ConfigError, DivergedError, NonFiniteError
+from anellm.measure import measure
 from anellm.metrics import rss_mib
 from anellm.optim import AdamW, clip_scale
 from anellm.rundir import RunDirectory
-from anellm.schedule import learning_rate
+from anellm.schedule import default_learning_rate, learning_rate
 from anellm.state import TrainState
 
 if TYPE_CHECKING:
@@ -60,20 +61,31 @@ def default_seq_len(config: TrainConfig, max_seq_len: int) -> int:
     return seq_len
 
 
-def resolve(config: TrainConfig, max_seq_len: int, train_data: TokenDataset) -> TrainConfig:
-    """Return a config whose seq_len and steps are numbers.
+def resolve(config: TrainConfig, shape: ModelConfig, train_data: TokenDataset) -> TrainConfig:
+    """Return a config whose seq_len, steps and learning rates are numbers.
 
     Raises:
-        ConfigError: when seq_len is beyond the model's longest.
+        ConfigError: when seq_len is beyond the model's longest, or min_learning_rate above a default learning_rate.
         DataError: when the data is shorter than one window.
     """
-    seq_len = default_seq_len(config, max_seq_len)
+    seq_len = default_seq_len(config, shape.max_seq_len)
     rows = config.batch_size * config.gradient_accumulation_steps
     sampler = train_data.sampler(seq_len, config.seed, config.window_order)
     steps = config.steps
     if config.epochs is not None:
         steps = sampler.steps_for(config.epochs, rows)
-    return dataclasses.replace(config, seq_len=seq_len, steps=steps or DEFAULT_STEPS, epochs=None)
+    peak = config.learning_rate
+    if peak is None:
+        peak = default_learning_rate(shape.n_params_without_embeddings(), pretrained=config.model is not None)
+    minimum = peak / 10 if config.min_learning_rate is None else config.min_learning_rate
+    return dataclasses.replace(
+        config,
+        seq_len=seq_len,
+        steps=steps or DEFAULT_STEPS,
+        epochs=None,
+        learning_rate=peak,
+        min_learning_rate=minimum,
+    )
 
 
 class Trainer:
@@ -110,13 +122,23 @@ class Trainer:
             ConfigError, CheckpointError, DataError, BusyError: see RunDirectory and resolve().
         """
         self.model, self.train_data, self.val_data, self.tokenizer = model, train_data, val_data, tokenizer
-        self.config = config = resolve(config, model.config.max_seq_len, train_data)
-        self.seq_len, self.steps = int(config.seq_len or 0), int(config.steps or 0)
+        self.config = config = resolve(config, model.config, train_data)
+        self.seq_len, self.steps, self.peak = (
+            int(config.seq_len or 0),
+            int(config.steps or 0),
+            config.learning_rate or 0.0,
+        )
         if val_data is not None:
             val_data.check_window(self.seq_len)
+        self._prompt = [] if tokenizer is None else tokenizer.encode(config.sample_prompt, bos=True)
+        if config.sample_tokens and len(self._prompt) > model.config.max_seq_len:
+            raise ConfigError(
+                f"--sample-prompt: expected at most {model.config.max_seq_len} tokens, the model's longest, "
+                f"found {len(self._prompt)}"
+            )
         self.optimizer = optimizer or AdamW(
             model,
-            config.learning_rate,
+            self.peak,
             (config.adam_beta1, config.adam_beta2),
             config.adam_epsilon,
             config.weight_decay,
@@ -157,6 +179,8 @@ class Trainer:
         try:
             if self.run is not None:
                 self.run.begin(self.config, self._manifest())
+                if self.run.resumed is not None:  # the kill may have come between a checkpoint and its note
+                    self.run.retain(self.config, self.state.best_step, self.state.best_val_loss)
             with self._signals():
                 if self.state.step == 0 and (self.run is None or self.run.resumed is None):
                     self._evaluate()
@@ -250,12 +274,11 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the step after ``step`` steps."""
         config = self.config
-        minimum = config.learning_rate / 10 if config.min_learning_rate is None else config.min_learning_rate
         return learning_rate(
             step,
             steps=self.steps,
-            peak=config.learning_rate,
-            minimum=minimum,
+            peak=self.peak,
+            minimum=float(config.min_learning_rate or 0),
             warmup_steps=config.warmup_steps,
             schedule=config.schedule,
             decay_steps=config.decay_steps,
@@ -268,35 +291,21 @@ class Trainer:
         if self.val_data is None:
             return
         state, config = self.state, self.config
-        limit = config.eval_windows or None
-        nats, count = 0.0, 0
-        for tokens, targets in self.val_data.eval_windows(config.batch_size, self.seq_len, limit):
-            nats += self.model.forward(tokens, targets, training=False) * targets.size
-            count += targets.size
-        loss = nats / count
+        found = measure(self.model, self.val_data, config.batch_size, self.seq_len, config.eval_windows)
+        loss = found.loss
         state.val_loss = loss if math.isfinite(loss) else None
         if state.step > 0 and math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
             state.best_val_loss, state.best_step = loss, state.step
-        n_bytes = self._eval_bytes(count)
         self._emit(
             {
                 "kind": "eval",
                 "step": state.step,
                 "val_loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf,
-                "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
-                "tokens": count,
+                "perplexity": found.perplexity,
+                "bits_per_byte": found.bits_per_byte,
+                "tokens": found.tokens,
             }
         )
-
-    def _eval_bytes(self, count: int) -> int | None:
-        """Return the bytes of text that the first ``count`` held-out targets stand for, where that is known."""
-        data = self.val_data
-        if data is None or data.tokenizer is None:
-            return None
-        # The first token is context only: it is counted and taken off, since a space after BOS counts as nothing.
-        ids = data.tokens[: count + 1]
-        return data.tokenizer.count_bytes(ids) - data.tokenizer.count_bytes(ids[:1])
 
     def _sample(self) -> None:
         """Write a text with the model as it is now."""
@@ -305,17 +314,18 @@ class Trainer:
             return
         from anellm.sample import Sampling, generate_stream
 
-        prompt = self.tokenizer.encode(config.sample_prompt, bos=True)
         sampling = Sampling(
             temperature=config.sample_temperature,
             top_k=config.sample_top_k,
             top_p=config.sample_top_p,
             seed=config.seed,
         )
-        stream = generate_stream(
-            self.model, prompt, config.sample_tokens, sampling, sample_index=self.state.step % 2**32
-        )
-        text = self.tokenizer.decode([*prompt, *stream])
+        index = self.state.step % 2**32
+        try:
+            stream = generate_stream(self.model, self._prompt, config.sample_tokens, sampling, sample_index=index)
+            text = self.tokenizer.decode([*self._prompt, *stream])
+        except NonFiniteError:
+            return  # the weights have left the range of fp32: whether to stop is max_bad_steps' business
         self._emit({"kind": "sample", "step": self.state.step, "prompt": config.sample_prompt, "text": text})
 
     def _save(self) -> None:
@@ -361,7 +371,7 @@ class Trainer:
             yield
             return
 
-        def ask(number: int, frame: object) -> None:
+        def ask(number: int, _frame: object) -> None:
             self._stop = True
             signal.signal(number, signal.SIG_DFL)
 

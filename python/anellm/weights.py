@@ -6,7 +6,7 @@ as (Hugging Face name, fp32 array) one at a time, from a memory-mapped file, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anellm.config import ModelConfig
     from anellm.tokenizer import Tokenizer
 
-TOKENIZER_NAME = "tokenizer.bin"
+_SHOWN = 100  # characters of a name in a message
 _CHUNK = 1 << 20  # elements looked at in one go, so that a check needs no copy of the tensor
 
 # What other formats start with, to name them instead of calling their header damaged.
@@ -51,7 +51,7 @@ class Pretrained:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor of a model, in file order.
+    """Return the name and shape of every tensor of a model, in the order of the core.
 
     Args:
         config: the model's dimensions.
@@ -59,27 +59,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Returns:
         Hugging Face names with shapes: (out, in) for matrices, (dim,) or (head_dim,) for norms.
     """
-    dim, hidden = config.dim, config.hidden_dim
-    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
-    for i in range(config.n_layers):
-        layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (dim,)
-        shapes[layer + "self_attn.q_proj.weight"] = (q_dim, dim)
-        shapes[layer + "self_attn.k_proj.weight"] = (kv_dim, dim)
-        shapes[layer + "self_attn.v_proj.weight"] = (kv_dim, dim)
-        shapes[layer + "self_attn.o_proj.weight"] = (dim, q_dim)
-        if config.qk_norm:
-            shapes[layer + "self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[layer + "self_attn.k_norm.weight"] = (config.head_dim,)
-        shapes[layer + "post_attention_layernorm.weight"] = (dim,)
-        shapes[layer + "mlp.gate_proj.weight"] = (hidden, dim)
-        shapes[layer + "mlp.up_proj.weight"] = (hidden, dim)
-        shapes[layer + "mlp.down_proj.weight"] = (dim, hidden)
-    shapes["model.norm.weight"] = (dim,)
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, dim)
-    return shapes
+    from anellm.model import tensor_table
+
+    return {tensor.name: tensor.shape for tensor in tensor_table(config)}
 
 
 def first_nonfinite(array: np.ndarray) -> int | None:
@@ -136,11 +118,18 @@ def check_params(config: ModelConfig, params: Mapping[str, np.ndarray]) -> dict[
     return shapes
 
 
-def name_list(names: object, limit: int = 4) -> str:
+def name_list(names: Iterable[str], limit: int = 4) -> str:
     """Return names in order, cut after a few, for a message."""
-    ordered = sorted(str(name) for name in names)  # type: ignore[attr-defined]
+    ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more
+    return ", ".join(shown(name) for name in ordered[:limit]) + more
+
+
+def shown(value: object) -> str:
+    """Return something from a file as it may stand in a message: short, and without control characters."""
+    text = str(value)
+    text = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return text if text.isprintable() else ascii(text)
 
 
 def resolve(path: str | Path) -> Path:
@@ -159,7 +148,8 @@ def resolve(path: str | Path) -> Path:
     if target.is_file() or (target / "config.json").is_file():
         return target
     raise errors.DataError(
-        f"{path}: expected a model file, config.json with model.safetensors, or a run with checkpoints, found none of them"
+        f"{path}: expected a model file, config.json with model.safetensors, or a run with checkpoints, "
+        "found none of them"
     )
 
 
@@ -177,7 +167,7 @@ def _tokenizer_of(target: Path) -> Path | None:
     places = [folder]
     if (folder / checkpoint.MANIFEST).is_file():
         places.append(folder.resolve().parent)  # a checkpoint's run
-    return next((p / TOKENIZER_NAME for p in places if (p / TOKENIZER_NAME).is_file()), None)
+    return next((p / checkpoint.TOKENIZER for p in places if (p / checkpoint.TOKENIZER).is_file()), None)
 
 
 def load_tokenizer(model_path: str | Path, config: ModelConfig, explicit: str | Path | None = None) -> Tokenizer | None:

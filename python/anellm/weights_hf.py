@@ -26,6 +26,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_JSON_BYTES = 64 << 20
+_MAX_DIMS = 8
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _TIED_HEAD = "lm_head.weight"
@@ -75,28 +76,34 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _entry(path: Path, name: str, info: object, data_start: int, size: int) -> _Entry:
     """Check one tensor's description."""
 
     def bad(field: str, expected: str, found: object) -> errors.DataError:
-        return errors.DataError(f"{path}: tensor {name}: {field}: expected {expected}, found {str(found)[:80]}")
+        return errors.DataError(
+            f"{path}: tensor {weights.shown(name)}: {field}: expected {expected}, found {weights.shown(found)}"
+        )
 
     if not isinstance(info, dict):
         raise bad("description", "an object", info)
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise bad("dtype", "F32, F16 or BF16", dtype)
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(_is_count(n) for n in shape):
         raise bad("shape", "a list of sizes", shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
         raise bad("data_offsets", "two offsets", offsets)
     begin, end = offsets
     n_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - begin != n_bytes:
-        raise bad("data_offsets", f"{n_bytes} bytes for {dtype} of shape {shape}", f"{end - begin} bytes")
+        raise bad(
+            "data_offsets",
+            f"{n_bytes} bytes for {dtype} of shape {weights.shown(shape)}",
+            f"{end - begin} bytes",
+        )
     if data_start + end > size:
         raise bad("data_offsets", f"an end within the {size - data_start} bytes of data", end)
     return _Entry(path, dtype, tuple(shape), data_start + begin, n_bytes)
@@ -135,8 +142,8 @@ def read_header(path: Path) -> dict[str, _Entry]:
         if entry.begin != at:
             what = "overlaps" if entry.begin < at else "leaves a gap behind"
             raise errors.DataError(
-                f"{path}: tensor {name}: data_offsets: expected to begin at {at - data_start}, "
-                f"found {entry.begin - data_start} ({what} {before})"
+                f"{path}: tensor {weights.shown(name)}: data_offsets: expected to begin at {at - data_start}, "
+                f"found {entry.begin - data_start} ({what} {weights.shown(before)})"
             )
         at, before = at + entry.n_bytes, name
     if at != size:
@@ -160,11 +167,12 @@ def _collect(directory: Path) -> dict[str, _Entry]:
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
         if Path(shard).name != shard or not path.is_file():
-            raise errors.DataError(f"{index}: weight_map: expected files beside it, found {shard!r}")
+            raise errors.DataError(f"{index}: weight_map: expected files beside it, found {weights.shown(shard)}")
         for name, entry in read_header(path).items():
             if weight_map.get(name) != shard:
                 raise errors.DataError(
-                    f"{path}: tensor {name}: expected in {weight_map.get(name, 'no file')} by the index"
+                    f"{path}: tensor {weights.shown(name)}: expected in "
+                    f"{weights.shown(weight_map.get(name, 'no file'))} by the index"
                 )
             entries[name] = entry
     missing = weight_map.keys() - entries.keys()
@@ -276,24 +284,40 @@ def _encode(name: str, array: np.ndarray, dtype: str) -> bytes | memoryview:
     return half.data.cast("B")
 
 
+def write_safetensors(file: safeio.NewFile, tensors: Mapping[str, np.ndarray], code: str = "F32") -> None:
+    """Write fp32 tensors in the safetensors format, converting one at a time and copying none that stays fp32.
+
+    Args:
+        file: a new file.
+        tensors: fp32 arrays by name.
+        code: "F32", "F16" or "BF16": the dtype in the file, rounded to nearest even.
+
+    Raises:
+        NonFiniteError: when a value does not fit the dtype.
+
+    Source: the format's description at github.com/huggingface/safetensors: u64 header length, JSON header, data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, array in tensors.items():
+        n_bytes = array.size * _ITEM_BYTES[code]
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [at, at + n_bytes]}
+        at += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned when the file is mapped
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name, array in tensors.items():
+        file.write(_encode(name, array, code))
+
+
 def write(directory: Path, config: ModelConfig, params: Mapping[str, np.ndarray], dtype: str) -> None:
     """Write a Hugging Face directory; see `weights.save_hf`."""
     if dtype not in _DTYPES:
         raise errors.InvalidError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
     code = _DTYPES[dtype]
     shapes = weights.check_params(config, params)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in shapes.items():
-        n_bytes = math.prod(shape) * _ITEM_BYTES[code]
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, at + n_bytes]}
-        at += n_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned when the file is mapped
     safeio.make_directory(directory)
     with safeio.atomic_file(directory / WEIGHTS_NAME) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in shapes:
-            file.write(_encode(name, params[name], code))
+        write_safetensors(file, {name: params[name] for name in shapes}, code)
     fields = {**config.to_hf(), "torch_dtype": dtype}
     safeio.write_bytes(directory / "config.json", safeio.json_bytes(fields))

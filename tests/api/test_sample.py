@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
 from anellm import errors
 from anellm.config import ModelConfig
 from anellm.model import Model
 from anellm.sample import Sampling, StopText, candidates, choose, generate_stream, uniform
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as npst
 
 GREEDY = Sampling(temperature=0)
 PLAIN = Sampling(temperature=1, top_p=1)

@@ -110,8 +110,8 @@ def verify_strictly(path: Path) -> None:
         {"format": 1, "step": 1, "files": []},
         {"format": 1, "step": 1, "files": {}},
         {"format": 1, "step": 1, "files": {"model.safetensors": 3}},
-        {"format": 1, "step": 1, "files": dict.fromkeys(checkpoint._REQUIRED, {})},
-        {"format": 1, "step": 1, "files": {**dict.fromkeys(sorted(checkpoint._REQUIRED), {}), "../x": {}}},
+        {"format": 1, "step": 1, "files": {name: {} for name in checkpoint._REQUIRED}},
+        {"format": 1, "step": 1, "files": {name: {} for name in [*sorted(checkpoint._REQUIRED), "../x"]}},
     ],
 )
 def test_a_manifest_is_checked(tmp_path: Path, manifest: dict[str, Any]) -> None:
@@ -192,9 +192,9 @@ def test_a_failure_at_any_operation_leaves_a_whole_checkpoint(
     class Crash(BaseException):
         """What no handler of the code under test may take for an error it can go on from."""
 
-    run = tmp_path / "run"
-    first = tmp_path / "first"
-    checkpoint.save(first, 1, model, {}) if first.mkdir() is None else None
+    run, first = tmp_path / "run", tmp_path / "first"
+    first.mkdir()
+    checkpoint.save(first, 1, model, {})
     for nth in range(1, 100):
         shutil.copytree(first, run)
         count = 0
@@ -202,10 +202,10 @@ def test_a_failure_at_any_operation_leaves_a_whole_checkpoint(
             for name in ("write", "fsync", "rename", "fsync_dir", "_delete"):
                 real = getattr(safeio, name)
 
-                def operation(*args: Any, real: Any = real) -> Any:
+                def operation(*args: Any, real: Any = real, last: int = nth) -> Any:
                     nonlocal count
                     count += 1
-                    if count == nth:
+                    if count == last:
                         raise Crash
                     return real(*args)
 
@@ -233,9 +233,7 @@ def test_a_failure_at_any_operation_leaves_a_whole_checkpoint(
     assert nth > (20 if prune else 15)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(
-    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path / "run")
     run.begin(TrainConfig(steps=1), {})
     run.save(1, model, {}, None)

@@ -126,7 +126,12 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     link.symlink_to(real)
     os.mkfifo(fifo)
     folder.mkdir()
-    for path, kind in ((link, "symbolic link"), (fifo, "special file"), (folder, "folder"), (Path("/dev/null"), "spec")):
+    for path, kind in (
+        (link, "symbolic link"),
+        (fifo, "special file"),
+        (folder, "folder"),
+        (Path("/dev/null"), "spec"),
+    ):
         with pytest.raises(InvalidError, match=f"{path}.*{kind}"):
             safeio.write_bytes(path, b"2")
         with pytest.raises(InvalidError, match=kind):

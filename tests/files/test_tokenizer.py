@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from anellm.errors import DataError, InvalidError, TokenRangeError
@@ -54,7 +54,8 @@ def encode_literally(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, CROSSING], ids=["plain", "crossing"])
-@given(st.text(alphabet="abcd \nx<0s41>zé🦙☃", max_size=40))
+@given(st.one_of(st.text(alphabet="abc", max_size=40), st.text(alphabet="abcd \nx<0s41>zé🦙☃", max_size=40)))
+@example("bbcc cab  bbccbbcc")
 @settings(max_examples=300)
 def test_encode_equals_the_literal_algorithm(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode(text) == encode_literally(tokenizer, text)
@@ -184,8 +185,12 @@ def test_damaged_files_are_refused(tmp_path: Path, data: bytes, message: str) ->
 
 
 def test_too_few_tokens_and_missing_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected at least 259 tokens .*, found 3"):
+    with pytest.raises(DataError, match=r"expected at least 259 tokens .*, found 3"):
         Tokenizer(SPECIAL[:3], [0.0] * 3)
+    with pytest.raises(DataError, match="token 258: score: expected a finite number, found inf"):
+        Tokenizer(SPECIAL, [0.0] * 258 + [1e39])
+    with pytest.raises(DataError, match="expected one score a piece, found 259 pieces, 1 scores"):
+        Tokenizer(SPECIAL, [0.0])
     with pytest.raises(DataError, match="cannot read"):
         Tokenizer.from_file(tmp_path / "none.bin")
     with pytest.raises(DataError, match="not a plain file"):

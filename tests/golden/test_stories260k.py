@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from anellm import weights
 from anellm.model import Model
 from anellm.sample import Sampling

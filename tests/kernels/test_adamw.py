@@ -61,9 +61,14 @@ def assert_step(actual: State, before: State, **options: float) -> None:
 
 
 @given(
-    n=st.integers(1, 90), seed=st.integers(0, 99), lr=st.sampled_from([0.0, 1e-4, 0.3]),
-    beta1=st.sampled_from([0.0, 0.9]), beta2=st.sampled_from([0.0, 0.95, 0.9999]), eps=st.sampled_from([1e-12, 1e-3]),
-    weight_decay=st.sampled_from([0.0, 0.1]), grad_scale=st.sampled_from([1.0, -0.5, 1e-3]),
+    n=st.integers(1, 90),
+    seed=st.integers(0, 99),
+    lr=st.sampled_from([0.0, 1e-4, 0.3]),
+    beta1=st.sampled_from([0.0, 0.9]),
+    beta2=st.sampled_from([0.0, 0.95, 0.9999]),
+    eps=st.sampled_from([1e-12, 1e-3]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    grad_scale=st.sampled_from([1.0, -0.5, 1e-3]),
     step_number=st.sampled_from([1, 2, 1000, 10**9]),
 )
 def test_one_step_is_the_reference(variant: str, n: int, seed: int, step_number: int, **options: float) -> None:

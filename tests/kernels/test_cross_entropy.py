@@ -53,7 +53,7 @@ def forward(logits: np.ndarray, targets: np.ndarray, vocab: int | None = None) -
     losses, lse = unaligned(filled(n)), unaligned(filled(n))
     check(
         lib.anellm_cross_entropy_forward(
-            pointer(losses), pointer(lse), pointer(logits), ld, pointer(targets), n, vocab if vocab else ld
+            pointer(losses), pointer(lse), pointer(logits), ld, pointer(targets), n, vocab or ld
         )
     )
     return losses, lse
@@ -65,7 +65,7 @@ def backward(logits: np.ndarray, targets: np.ndarray, scale: float, vocab: int |
     out = unaligned(filled(n, ld))
     check(
         lib.anellm_cross_entropy_backward(
-            pointer(out), ld, pointer(logits), ld, pointer(lse), pointer(targets), n, vocab if vocab else ld, scale
+            pointer(out), ld, pointer(logits), ld, pointer(lse), pointer(targets), n, vocab or ld, scale
         )
     )
     return out
@@ -85,7 +85,10 @@ def assert_gradient(actual: np.ndarray, logits: np.ndarray, targets: np.ndarray,
 
 
 @given(
-    n=st.integers(1, 9), vocab=st.integers(1, 90), gap=st.integers(0, 5), seed=st.integers(0, 99),
+    n=st.integers(1, 9),
+    vocab=st.integers(1, 90),
+    gap=st.integers(0, 5),
+    seed=st.integers(0, 99),
     scale=st.sampled_from([0.1, 3.0, 30.0]),
 )
 def test_forward_and_backward_are_the_reference(
@@ -192,9 +195,7 @@ def test_a_target_outside_the_vocabulary_is_refused(variant: str, target: int) -
     logits, targets = normal(0, 4, 8), np.array([0, 7, target, IGNORE], dtype=np.int32)
     losses, lse, dlogits = filled(4), filled(4), filled(4, 8)
     words = ("targets[2]", f"is {target};", "[0, 8)", "-100")
-    status = lib.anellm_cross_entropy_forward(
-        pointer(losses), pointer(lse), pointer(logits), 8, pointer(targets), 4, 8
-    )
+    status = lib.anellm_cross_entropy_forward(pointer(losses), pointer(lse), pointer(logits), 8, pointer(targets), 4, 8)
     assert_refused(status, lib.ANELLM_RANGE, "anellm_cross_entropy_forward", *words, untouched=(losses, lse))
     status = lib.anellm_cross_entropy_backward(
         pointer(dlogits), 8, pointer(logits), 8, pointer(lse), pointer(targets), 4, 8, 1.0

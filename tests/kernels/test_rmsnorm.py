@@ -66,8 +66,18 @@ def backward(
     dw = np.zeros(dim, dtype=np.float32)
     check(
         lib.anellm_rmsnorm_backward(
-            pointer(dx), x.shape[1], pointer(dw), pointer(dout), x.shape[1], pointer(x), x.shape[1], pointer(w),
-            pointer(rstd), len(x), dim, int(start is not None),
+            pointer(dx),
+            x.shape[1],
+            pointer(dw),
+            pointer(dout),
+            x.shape[1],
+            pointer(x),
+            x.shape[1],
+            pointer(w),
+            pointer(rstd),
+            len(x),
+            dim,
+            int(start is not None),
         )
     )
     return dx, dw
@@ -166,8 +176,18 @@ def test_in_place_gives_the_same_bytes(variant: str) -> None:
     in_place, dw_in_place = dout.copy(), np.zeros(83, dtype=np.float32)
     check(
         lib.anellm_rmsnorm_backward(
-            pointer(in_place), 83, pointer(dw_in_place), pointer(in_place), 83, pointer(x), 83, pointer(w),
-            pointer(rstd), 37, 83, 0,
+            pointer(in_place),
+            83,
+            pointer(dw_in_place),
+            pointer(in_place),
+            83,
+            pointer(x),
+            83,
+            pointer(w),
+            pointer(rstd),
+            37,
+            83,
+            0,
         )
     )
     assert np.array_equal(in_place, dx)
@@ -251,8 +271,18 @@ def test_backward_refuses(change: dict[str, object], word: str) -> None:
     a = {"dx": pointer(dx), "ld_dx": 8, "dout": pointer(dout), "ld_dout": 8, "x": pointer(x), "ld_x": 8}
     a |= {"w": pointer(w), "rstd": pointer(rstd), "n": 2, "dim": 8} | change
     status = lib.anellm_rmsnorm_backward(
-        a["dx"], a["ld_dx"], pointer(dw), a["dout"], a["ld_dout"], a["x"], a["ld_x"], a["w"], a["rstd"], a["n"],
-        a["dim"], 0,
+        a["dx"],
+        a["ld_dx"],
+        pointer(dw),
+        a["dout"],
+        a["ld_dout"],
+        a["x"],
+        a["ld_x"],
+        a["w"],
+        a["rstd"],
+        a["n"],
+        a["dim"],
+        0,
     )
     assert_refused(status, lib.ANELLM_INVALID, "anellm_rmsnorm_backward", word, untouched=(dx, dw))
 

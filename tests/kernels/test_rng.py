@@ -100,7 +100,7 @@ def test_seeds_and_streams_differ() -> None:
 
 def test_moments() -> None:
     u, z = uniform(400_000, 1, 2).astype(np.float64), normal(400_000, 1, 2).astype(np.float64)
-    assert 0 <= u.min()
+    assert u.min() >= 0
     assert u.max() < 1
     # six standard errors of each estimate
     sixth = 6 / math.sqrt(len(u))

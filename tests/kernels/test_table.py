@@ -13,7 +13,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "kernels"
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason=f"no C source at {KERNELS}")
 
 ROW = re.compile(r"^ANELLM_VARIANT\((\w+), (\w+), ([\w |]+)\)$", re.MULTILINE)
-DEFINITION = re.compile(r"^(?!static |.*\bstatic )[A-Za-z][\w *]*\b([a-z]\w*)__([a-z0-9]+)\([^;]*$", re.MULTILINE)
+DEFINITION = re.compile(r"^(?!static |.*\bstatic )[A-Za-z][\w *]*\b([a-z]\w*)__([a-z0-9]+)\([^;\n]*$", re.MULTILINE)
 
 
 def table() -> str:

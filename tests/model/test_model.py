@@ -253,8 +253,10 @@ def test_bad_arguments_name_what_is_wrong() -> None:
         model.backward(float("nan"))
     with pytest.raises(errors.InvalidError, match="max_tokens = 65"):
         model.kvcache(65)
-    with pytest.raises(errors.UnavailableError, match="expected auto or cpu"):
+    with pytest.raises(errors.InvalidError, match="device: expected one of auto, cpu, ane, found 'tpu'"):
         Model(GQA, device="tpu")
+    with pytest.raises(errors.UnavailableError, match="device ane: "):
+        Model(GQA, device="ane")
     with pytest.raises(errors.InvalidError, match="another shape"):
         model.decode(Model(QK_NORM).kvcache(4), tokens[0, :1])
     cache = model.kvcache(4)

@@ -252,7 +252,7 @@ def test_split_parts_name_positions_in_the_file() -> None:
     _, val = TokenDataset(np.array([1, 2, 3, 900, 5], dtype="<u2"), source="t.bin").split(val_tokens=3)
     with pytest.raises(DataError, match=r"t.bin: token 3: expected an id from 0 to 511 \(vocab_size 512\), found 900"):
         val.check_ids(512)
-    with pytest.raises(DataError, match="t.bin: token 3: "):
+    with pytest.raises(DataError, match=r"t.bin: token 3: "):
         val.split(val_tokens=2)[1].check_ids(512)
 
 

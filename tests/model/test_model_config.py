@@ -1,0 +1,185 @@
+"""Model shapes: presets, checks, and Hugging Face's config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anellm.config import ModelConfig, preset_names
+from anellm.errors import ConfigError, DataError
+from anellm.model import tensor_table
+
+TINY: dict[str, Any] = {
+    "dim": 16,
+    "hidden_dim": 24,
+    "n_layers": 1,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 32,
+    "max_seq_len": 8,
+}
+
+
+# Parameters as published with each model: llama2.c's files, the models' Hugging Face pages, Touvron et al. 2023.
+@pytest.mark.parametrize(
+    ("name", "n_params"),
+    [
+        ("stories260k", 260_032),
+        ("stories15m", 15_191_712),
+        ("stories42m", 41_689_600),
+        ("stories110m", 109_529_856),
+        ("smollm2-135m", 134_515_008),
+        ("qwen3-0.6b", 596_049_920),
+        ("llama7b", 6_738_415_616),
+    ],
+)
+def test_presets_have_their_published_size(name: str, n_params: int) -> None:
+    assert ModelConfig.from_preset(name).n_params() == n_params
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_travels(name: str) -> None:
+    config = ModelConfig.from_preset(name)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    table = tensor_table(config)
+    assert sum(t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1) for t in table) == config.n_params()
+
+
+def test_flops_are_as_defined() -> None:
+    config = ModelConfig.from_preset("stories15m")
+    weights = config.n_params() - 13 * 288  # the norms multiply no matrix; the tied table counts as the classifier
+    assert config.flops_per_token(256) == 6 * weights + 6 * 6 * 288 * 256
+    untied = config.replace(tie_embeddings=False)
+    assert untied.flops_per_token(256) == config.flops_per_token(256)
+
+
+def test_defaults_follow_from_the_rest() -> None:
+    config = ModelConfig(dim=16, hidden_dim=24, n_layers=1, n_heads=4, vocab_size=32, max_seq_len=8)
+    assert (config.n_kv_heads, config.head_dim) == (4, 4)
+    given_none: Any = None
+    config = ModelConfig(**{**TINY, "head_dim": given_none, "n_kv_heads": None})
+    assert (config.n_kv_heads, config.head_dim) == (4, 4)
+    assert ModelConfig(**TINY, head_dim=10).q_dim == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 0}, "dim: expected 1 to"),
+        ({"n_heads": 0}, "n_heads: expected 1 to"),
+        ({"n_layers": -1}, "n_layers: expected 1 to"),
+        ({"vocab_size": 2**31}, "vocab_size: expected 1 to 2147483647, found 2147483648"),
+        ({"hidden_dim": 1.5}, "hidden_dim: expected a whole number, found 1.5"),
+        ({"max_seq_len": True}, "max_seq_len: expected a whole number"),
+        ({"dim": 18}, "dim: expected a multiple of n_heads=4"),
+        ({"dim": 12}, "head_dim: expected an even number"),
+        ({"n_kv_heads": 3}, "n_kv_heads: expected a divisor of n_heads=4, found 3"),
+        ({"norm_eps": 0.0}, "norm_eps: expected a finite number above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta: expected a finite"),
+        ({"rope_theta": "x"}, "rope_theta: expected a number"),
+        ({"tie_embeddings": 1}, "tie_embeddings: expected true or false"),
+        ({"arch": "gpt3"}, "arch: expected one of llama, found 'gpt3'"),
+        ({"dims": 3}, "unknown key 'dims'; did you mean dim?"),
+    ],
+)
+def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?").replace(".", r"\.")):
+        ModelConfig.from_dict({**TINY, **change})
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"unknown name 'stories15'; did you mean stories15m\?"):
+        ModelConfig.from_preset("stories15")
+    with pytest.raises(ConfigError, match=r"preset tiny: unknown key 'layers'; did you mean n_layers\?"):
+        ModelConfig.from_preset("tiny", layers=3)
+    with pytest.raises(ConfigError, match="missing dim, hidden_dim"):
+        ModelConfig.from_dict({})
+
+
+HF: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
+def test_defaults_of_transformers() -> None:
+    config = ModelConfig.from_hf(HF)
+    assert (config.n_kv_heads, config.head_dim, config.max_seq_len) == (4, 4, 2048)
+    assert (config.norm_eps, config.rope_theta, config.tie_embeddings, config.qk_norm) == (1e-6, 10000.0, False, False)
+    config = ModelConfig.from_hf({**HF, "model_type": "qwen3", "num_key_value_heads": None, "rope_theta": 5})
+    assert (config.head_dim, config.max_seq_len, config.qk_norm, config.rope_theta) == (128, 32768, True, 5.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1.0},
+        {"rope_theta": 500000, "rope_scaling": {"rope_type": "default"}, "rope_parameters": None},
+        {"rope_theta": 5e5, "sliding_window": 4096, "use_sliding_window": False, "layer_types": ["full_attention"]},
+    ],
+)
+def test_where_theta_may_stand(change: dict[str, Any]) -> None:
+    assert ModelConfig.from_hf({**HF, **change}).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type: expected one of llama, qwen3, found 'mistral'"),
+        ({"model_type": None}, "model_type"),
+        ({"attention_bias": True}, "attention_bias: expected false"),
+        ({"mlp_bias": True}, "mlp_bias: expected false"),
+        ({"mlp_bias": 1}, "mlp_bias: expected true or false, found 1"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected silu, found 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling: expected null"),
+        ({"rope_scaling": "x"}, "rope_scaling: expected null"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type: expected default"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1}}}, "one set for all layers"),
+        ({"rope_parameters": {"rope_theta": 1, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1"),
+        ({"rope_parameters": []}, "rope_parameters: expected an object"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1"),
+        ({"sliding_window": 4096}, "sliding_window: expected null"),
+        ({"use_sliding_window": True}, "use_sliding_window: expected false"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types: expected only full_attention"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"hidden_size": None}, "missing key hidden_size"),
+        ({"hidden_size": "16"}, "hidden_size: expected a whole number above 0, found '16'"),
+        ({"hidden_size": 10**400}, "dim: expected 1 to"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a whole number above 0"),
+        ({"num_key_value_heads": 3}, "n_kv_heads: expected a divisor"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps: expected a number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps: expected a finite number"),
+        ({"rope_theta": -1}, "rope_theta: expected a finite number above 0"),
+    ],
+)
+def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        ModelConfig.from_hf({**HF, **change}, source="m/config.json")
+    assert str(caught.value).startswith("m/config.json: ")
+    assert message in str(caught.value)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from([*ModelConfig(**TINY).to_hf(), "rope_scaling", "rope_parameters", "layer_types"]), anything)
+def test_a_hostile_config_gives_a_shape_or_a_data_error(key: str, value: Any) -> None:
+    try:
+        config = ModelConfig.from_hf({**ModelConfig(**TINY).to_hf(), key: value})
+    except DataError:
+        return
+    config.validate()
