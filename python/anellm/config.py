@@ -297,7 +297,7 @@ class TrainConfig(CommonOptions):
     sample_interval: int | None = option(
         None, "steps between samples [one in the middle; always one at the end]", low=0, group="evaluation"
     )
-    sample_tokens: int = option(100, "tokens in a sample; 0: no samples", low=0, high=2**24, group="evaluation")
+    sample_tokens: int = option(160, "tokens in a sample; 0: no samples", low=0, high=2**24, group="evaluation")
     sample_prompt: str = option("", "text that a sample goes on from", group="evaluation")
     sample_temperature: float = option(0.8, "temperature of samples; 0: the likeliest token", low=0, group="evaluation")
     sample_top_k: int = option(0, "sample among this many likeliest tokens; 0: all", low=0, group="evaluation")
