@@ -38,6 +38,8 @@ const char *anellm_status_name(int status);       /* "OK", "INVALID", ... */
 const char *anellm_version(void);
 
 /* ---- CPU variants and threads ------------------------------------------------------------------------------- */
+/* A tier names all kernels in force, those of the fp32 and of the bf16 product: "portable", "avx2" and "avx512" round
+ * to bf16 in software; "avx512bf16" and "amx" are "avx512" with a bf16 unit. */
 const char *anellm_cpu_variant(void);             /* the tier in force: "portable", "avx2", ... */
 const char *anellm_cpu_variants(void);            /* the tiers this machine can run, best first, comma-separated */
 const char *anellm_cpu_features(void);            /* detected feature bits, comma-separated */
@@ -45,6 +47,14 @@ int anellm_cpu_set_variant(const char *name);     /* a tier, or "auto"; ANELLM_C
 int anellm_cpu_init(void);                        /* what came of ANELLM_CPU; a bad value acts as "auto" */
 int anellm_set_threads(int n);                    /* 1..256; the calling thread is one of them */
 int anellm_get_threads(void);
+
+/* ---- the machine's limits, measured (docs/performance.md) ------------------------------------------------------ */
+/* Best of short windows during `seconds` (> 0, <= 60), on `threads` threads; 0: those of the pool. */
+int anellm_peak_gflops(double *gflops, const char *tier, int threads, double seconds); /* register-only multiply-adds */
+int anellm_bandwidth_gbs(double *gbs, int64_t bytes, int threads, double seconds);     /* reading `bytes`, >= 256 KiB */
+/* C (M, N) = A (M, K) B (K, N) with more and more of what makes it fast. */
+int anellm_matmul_ladder(float *C, const float *A, const float *B, int64_t M, int64_t N, int64_t K, int rung);
+const char *anellm_matmul_rung(int rung);         /* "naive", "reordered", ...; NULL after the last */
 
 /* ---- counter-based random numbers (Philox4x32-10, Salmon et al. 2011) ---------------------------------------- */
 /* Pure functions of (seed, stream, counter): no state, so any place in a sequence can be reached directly. */
@@ -88,6 +98,8 @@ int anellm_swiglu_backward(float *dgate_up, const float *dout, const float *gate
 
 int anellm_matmul(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B, int64_t ld_b,
                   int trans_b, int64_t M, int64_t N, int64_t K, int accumulate);
+int anellm_matmul_bf16(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B, int64_t ld_b,
+                       int trans_b, int64_t M, int64_t N, int64_t K, int accumulate); /* inputs rounded to bf16 */
 
 int anellm_cross_entropy_forward(float *losses, float *lse, const float *logits, int64_t ld_logits,
                                  const int32_t *targets, int64_t N, int64_t vocab_size);
@@ -108,6 +120,17 @@ int anellm_convert_f32_to_f16(uint16_t *out, const float *in, int64_t n);
 int anellm_convert_f16_to_f32(float *out, const uint16_t *in, int64_t n);
 int anellm_convert_f32_to_bf16(uint16_t *out, const float *in, int64_t n);
 int anellm_convert_bf16_to_f32(float *out, const uint16_t *in, int64_t n);
+
+enum { ANELLM_QUANTIZE_GROUP = 64 };              /* weights of a row that share a scale */
+int anellm_quantize_int8(int8_t *q, float *scales, const float *w, int64_t ld_w, int64_t N, int64_t K);
+int anellm_dequantize_int8(float *out, const int8_t *q, const float *scales, int64_t N, int64_t K);
+
+int anellm_matvec_f32(float *y, int64_t ld_y, const float *x, int64_t ld_x, const float *w, int64_t ld_w, int64_t M,
+                      int64_t N, int64_t K, int accumulate);
+int anellm_matvec_bf16(float *y, int64_t ld_y, const float *x, int64_t ld_x, const uint16_t *w, int64_t ld_w, int64_t M,
+                       int64_t N, int64_t K, int accumulate);
+int anellm_matvec_int8(float *y, int64_t ld_y, const float *x, int64_t ld_x, const int8_t *w, int64_t ld_w,
+                       const float *scales, int64_t M, int64_t N, int64_t K, int accumulate);
 
 /* ---- model -------------------------------------------------------------------------------------------------- */
 enum anellm_arch { ANELLM_ARCH_LLAMA = 0 };
@@ -142,6 +165,10 @@ int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t
 typedef struct anellm_model anellm_model;
 int anellm_model_create(anellm_model **model, const anellm_config *config, const char *device);
 void anellm_model_free(anellm_model *model);
+/* What forward and backward multiply matrices with: fp32 (the default), or inputs rounded to bf16 with fp32 sums.
+ * Parameters, gradients, moments and all else stay fp32. A forward that is not gone back through yet is forgotten. */
+enum anellm_dtype { ANELLM_DTYPE_FP32 = 0, ANELLM_DTYPE_BF16 = 1 };
+int anellm_model_set_dtype(anellm_model *model, int dtype);
 int anellm_model_init(anellm_model *model, uint64_t seed, float std); /* normal(0, std); Wo and W2 by 1/sqrt(2 L) */
 int anellm_model_enable_training(anellm_model *model);                /* commits gradients and moments, zeroed */
 float *anellm_model_params(anellm_model *model);
@@ -159,6 +186,13 @@ int anellm_model_grad_norm(anellm_model *model, double *norm, int64_t *n_nonfini
                            double scale);
 enum anellm_decay { ANELLM_DECAY_MATRICES = 0, ANELLM_DECAY_ALL = 1 };
 int anellm_model_adamw(anellm_model *model, const anellm_adamw_params *p, int decay);
+
+/* Compressed copies of the matrices that decode multiplies by (a tied embedding is one of them, and is then looked up
+ * in its copy; an untied one stays fp32). They are renewed before the next decode when the weights have changed. With
+ * release != 0 the fp32 originals go back to the system: from then on only decode works, the rest answers INVALID, and
+ * the parameters of those matrices hold nothing. kind FP32 drops the copies. */
+enum anellm_weights { ANELLM_WEIGHTS_FP32 = 0, ANELLM_WEIGHTS_BF16 = 1, ANELLM_WEIGHTS_INT8 = 2 };
+int anellm_model_compress(anellm_model *model, int kind, int release);
 
 typedef struct anellm_kvcache anellm_kvcache;
 int anellm_kvcache_create(anellm_kvcache **cache, anellm_model *model, int64_t max_tokens);

@@ -15,6 +15,7 @@
 #define ANELLM_BACKEND_BACKEND_H
 
 #include "anellm.h"
+#include "kernels/matvec.h"
 
 /* One layer's weights, or their gradients. Matrices are (out, in). */
 struct anellm_layer_weights {
@@ -67,6 +68,7 @@ struct anellm_step {
     const float *rope_cos, *rope_sin;         /* (T, head_dim / 2) */
     const struct anellm_workspace *workspace;
     int accumulate;                           /* backward: add to the gradients of matrices */
+    int dtype;                                /* of enum anellm_dtype: what matrix products round their inputs to */
 };
 
 struct anellm_backend {
@@ -102,12 +104,13 @@ struct anellm_backend {
 const struct anellm_backend *anellm_backend_find(const char *name);
 extern const struct anellm_backend anellm_backend_cpu;
 
-/* Attention over a cache of keys and values; always on the CPU. k_cache, v_cache (max_tokens, kv_dim) hold `start`
- * rows; n rows are appended. x (n, dim) is replaced by x + attention(norm(x)). scratch: n * (dim + 2 q_dim + 2 kv_dim)
- * floats; lse: n_heads * n floats. rope_cos, rope_sin point at row `start` of their tables. */
-int anellm_cpu_attention_decode(const anellm_config *config, float *x, float *k_cache, float *v_cache, int64_t start,
-                                int64_t n, const float *rope_cos, const float *rope_sin, float *scratch, float *lse,
-                                const struct anellm_layer_weights *w);
+/* Attention over a cache of keys and values; always on the CPU. k_cache, v_cache (n_kv_heads, max_tokens, head_dim)
+ * hold `start` tokens; n are appended. x (n, dim) is replaced by x + attention(norm(x)). scratch: n * (dim + 2 q_dim +
+ * 2 kv_dim) floats. rope_cos, rope_sin point at row `start` of their tables. Of w only the norms are used. */
+int anellm_cpu_attention_decode(const anellm_config *config, float *x, float *k_cache, float *v_cache,
+                                int64_t max_tokens, int64_t start, int64_t n, const float *rope_cos,
+                                const float *rope_sin, float *scratch, const struct anellm_layer_weights *w,
+                                const struct anellm_matrix *w_qkv, const struct anellm_matrix *w_o);
 
 static inline int64_t anellm_q_dim(const anellm_config *c) { return (int64_t)c->n_heads * c->head_dim; }
 static inline int64_t anellm_kv_dim(const anellm_config *c) { return (int64_t)c->n_kv_heads * c->head_dim; }

@@ -94,3 +94,11 @@ void anellm_block_release(struct anellm_block *block) {
     block->base = NULL;
     block->bytes = 0;
 }
+
+void anellm_pages_release(void *start, size_t bytes) {
+    const uintptr_t page = ANELLM_ARENA_ALIGN, from = ((uintptr_t)start + page - 1) / page * page;
+    const uintptr_t to = ((uintptr_t)start + bytes) / page * page;
+    /* A new mapping over the old one frees the pages on every system; madvise(MADV_DONTNEED) does on Linux alone. */
+    if (to > from)
+        (void)mmap((void *)from, to - from, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+}

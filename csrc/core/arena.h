@@ -35,4 +35,8 @@ struct anellm_block {
 int anellm_block_reserve(struct anellm_block *block, size_t bytes);
 void anellm_block_release(struct anellm_block *block);
 
+/* Give the whole pages inside a span back to the system. The span stays readable and writable; what it holds then is
+ * not defined. */
+void anellm_pages_release(void *start, size_t bytes);
+
 #endif

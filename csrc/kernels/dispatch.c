@@ -17,6 +17,8 @@ static const struct {
     [ANELLM_RANK_neon] = {"neon", ANELLM_CPU_NEON},
     [ANELLM_RANK_avx2] = {"avx2", ANELLM_CPU_AVX2},
     [ANELLM_RANK_avx512] = {"avx512", ANELLM_CPU_AVX512},
+    [ANELLM_RANK_avx512bf16] = {"avx512bf16", ANELLM_CPU_AVX512BF16},
+    [ANELLM_RANK_amx] = {"amx", ANELLM_CPU_AMX_PERMITTED},
 };
 enum { N_TIERS = (int)(sizeof tiers / sizeof tiers[0]) };
 
@@ -45,10 +47,25 @@ static void build_table(struct anellm_kernels *table, int tier, unsigned feature
     (void)best;
 }
 
+/* The tiers from the best to the last. A tier stands for both products: in avx512bf16 and amx the kernels are those of
+ * avx512 and only the bf16 product has an engine of its own. On CPUs that have AMX a bf16 dot product of 512 bits runs at
+ * half the rate of fp32, so there avx512bf16 comes after avx512: bf16 is worth it with AMX or not at all. */
+static void order_tiers(int order[N_TIERS]) {
+    const int slow_bf16 = (anellm_cpu_feature_bits() & ANELLM_CPU_AMX_BF16) != 0;
+    for (int i = 0; i < N_TIERS; i++) order[i] = N_TIERS - 1 - i;
+    for (int i = 0; i + 1 < N_TIERS && slow_bf16; i++) {
+        if (order[i] != ANELLM_RANK_avx512bf16) continue;
+        order[i] = ANELLM_RANK_avx512;
+        order[i + 1] = ANELLM_RANK_avx512bf16;
+        break;
+    }
+}
+
 static int best_tier(void) {
-    int tier = N_TIERS - 1;
-    while (tier > ANELLM_RANK_portable && !available[tier]) tier--;
-    return tier;
+    int order[N_TIERS], i = 0;
+    order_tiers(order);
+    while (i < N_TIERS - 1 && !available[order[i]]) i++;
+    return order[i];
 }
 
 /* Find the tier of a name ("auto" is the best one here), or say in `message` why there is none. */
@@ -63,7 +80,10 @@ static int find_tier(int *tier, const char *name, char *message, size_t size) {
             *tier = i;
             return ANELLM_OK;
         }
-        if ((tiers[i].needs & ~anellm_cpu_feature_bits()) != 0) {
+        if (i == ANELLM_RANK_amx && (anellm_cpu_feature_bits() & ANELLM_CPU_AMX_BF16) != 0) {
+            snprintf(message, size, "CPU variant \"amx\": this machine has the CPU feature, but the system does not let "
+                                    "programs use tile registers");
+        } else if ((tiers[i].needs & ~anellm_cpu_feature_bits()) != 0) {
             snprintf(message, size, "CPU variant \"%s\" needs the CPU feature %s, which this machine lacks; it has: %s",
                      name, tiers[i].name, anellm_cpu_features());
         } else if (!built[i]) {
@@ -86,10 +106,12 @@ static void initialise(void) {
     const unsigned features = anellm_cpu_feature_bits();
     size_t used = 0;
     for (int i = 0; i < N_TIERS; i++) build_table(&tables[i], i, features);
-    for (int i = N_TIERS - 1; i >= 0; i--) {
-        if (!available[i]) continue;
+    int order[N_TIERS];
+    order_tiers(order);
+    for (int i = 0; i < N_TIERS; i++) {
+        if (!available[order[i]]) continue;
         used += (size_t)snprintf(available_names + used, sizeof available_names - used, "%s%s", used > 0 ? "," : "",
-                                 tiers[i].name);
+                                 tiers[order[i]].name);
     }
     int tier = best_tier();
     const char *wanted = getenv("ANELLM_CPU");

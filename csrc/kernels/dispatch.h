@@ -14,17 +14,21 @@
 #include "kernels/embedding.h"
 #include "kernels/grad_norm.h"
 #include "kernels/matmul.h"
+#include "kernels/matvec.h"
+#include "kernels/quantize.h"
 #include "kernels/rmsnorm.h"
 #include "kernels/rope.h"
 #include "kernels/swiglu.h"
 
-/* Every variant: its name and its rank. A tier uses, for each kernel, the variant of the highest rank that does not
+/* Every variant: its name and its rank; each name is a tier as well. A tier uses, for each kernel, the variant of the highest rank that does not
  * exceed the tier's and whose features the machine has. */
 enum anellm_variant_rank {
     ANELLM_RANK_portable = 0,
     ANELLM_RANK_neon = 1,
     ANELLM_RANK_avx2 = 2,
-    ANELLM_RANK_avx512 = 3
+    ANELLM_RANK_avx512 = 3,
+    ANELLM_RANK_avx512bf16 = 4,
+    ANELLM_RANK_amx = 5
 };
 
 struct anellm_kernels {

@@ -5,12 +5,13 @@
 
 /* Rows of packed A that a thread works on at a time: with kc they should fit the second-level cache. */
 enum { ROWS_IN_CACHE = 192 };
-/* Bounds on the blocks packed for all threads, in rows (columns) and in values: 8 MiB of floats. */
-enum { SHARED_ROWS = 1024, SHARED_VALUES = 2 << 20 };
+/* Bounds on the blocks packed for all threads: rows (columns), and bytes. Every tile reads all of a block, so it should
+ * come from a cache near the core; with many threads, what counts more is that they seldom wait for each other. */
+enum { SHARED_ROWS = 1024, SHARED_BYTES = 1 << 20, THREADS_PER_BLOCK = 4 };
 /* Columns that a thread packs for itself at a time. */
 enum { OWN_COLUMNS = 512 };
-/* Enough tiles to keep many threads busy to the end, and the product below which splitting does not pay. */
-enum { MIN_TILES = 16, MIN_PARALLEL_WORK = 1 << 17 };
+/* Enough tiles to keep the threads busy to the end, and the product below which splitting does not pay. */
+enum { MIN_TILES = 16, TILES_PER_THREAD = 4, MIN_PARALLEL_WORK = 1 << 17 };
 
 struct product {
     const struct matmul_engine *engine;
@@ -53,48 +54,29 @@ static void pack_columns_b(const struct product *p, unsigned char *to, int64_t j
                        min64(end - j, engine->nr), kc);
 }
 
-/* Source lines that will be packed next. Packing reads short pieces of many rows, which the hardware does not foresee,
- * so they are asked for one by one between tiles, while the arithmetic units are busy. */
-struct lines_ahead {
-    uintptr_t row;               /* an address; the row may lie beyond the matrix, which a prefetch does not mind */
-    int64_t rows, row_bytes, stride_bytes, offset, per_tile;
-};
-
-static struct lines_ahead look_ahead(const float *base, int64_t ld, int k_contiguous, int64_t i, int64_t n, int64_t k,
-                                     int64_t kc, int64_t tiles) {
-    const int64_t size = (int64_t)sizeof(float), line = 64;
-    struct lines_ahead ahead = {.rows = k_contiguous ? n : kc, .row_bytes = (k_contiguous ? kc : n) * size,
-                                .stride_bytes = ld * size};
-    ahead.row = (uintptr_t)base + (uintptr_t)((k_contiguous ? i * ld + k : k * ld + i) * size);
-    ahead.per_tile = (ahead.rows * (ahead.row_bytes / line + 1) + tiles - 1) / tiles;
-    return ahead;
-}
-
-static inline void prefetch_some(struct lines_ahead *ahead) {
-    for (int64_t i = 0; i < ahead->per_tile && ahead->rows > 0; i++) {
-        __builtin_prefetch((const void *)(ahead->row + (uintptr_t)ahead->offset), 0, 2);
-        ahead->offset += 64;
-        if (ahead->offset < ahead->row_bytes) continue;
-        ahead->offset = 0;
-        ahead->row += (uintptr_t)ahead->stride_bytes;
-        ahead->rows--;
-    }
+/* The source of a block that will be packed. */
+static struct matmul_ahead look_ahead(const float *base, int64_t ld, int k_contiguous, int64_t i, int64_t n, int64_t k,
+                                      int64_t kc) {
+    const int64_t size = (int64_t)sizeof(float), line = 64, bytes = (k_contiguous ? kc : n) * size;
+    const uintptr_t first = (uintptr_t)base + (uintptr_t)((k_contiguous ? i * ld + k : k * ld + i) * size);
+    const int64_t offset = (int64_t)(first % (uintptr_t)line);
+    return (struct matmul_ahead){.row = first - (uintptr_t)offset, .rows = k_contiguous ? n : kc,
+                                 .row_lines = (offset + bytes + line - 1) / line, .stride = ld * size};
 }
 
 /* Rows i .. i_end - 1 times columns j .. j_end - 1 from packed panels, over one block of k. A panel of B stays in the
  * first-level cache while the panels of A pass by. */
 static void multiply_panels(const struct product *p, const unsigned char *a, const unsigned char *b, int64_t i,
                             int64_t i_end, int64_t j, int64_t j_end, int64_t kc, int accumulate,
-                            struct lines_ahead *ahead) {
+                            struct matmul_ahead *ahead) {
     const struct matmul_engine *engine = p->engine;
     size_t step_a = panel_bytes(engine, engine->mr, engine->mr, kc);
     size_t step_b = panel_bytes(engine, engine->nr, engine->nr, kc);
     for (; j < j_end; j += engine->nr, b += step_b) {
         const unsigned char *panel = a;
         for (int64_t r = i; r < i_end; r += engine->mr, panel += step_a) {
-            prefetch_some(ahead);
             engine->tile(p->C + r * p->ld_c + j, p->ld_c, panel, b, min64(i_end - r, engine->mr),
-                         min64(j_end - j, engine->nr), kc, accumulate);
+                         min64(j_end - j, engine->nr), kc, accumulate, ahead);
         }
     }
 }
@@ -114,8 +96,8 @@ static void multiply_plainly(const struct product *p, int64_t i, int64_t i_end, 
 
 /* What this thread will pack after the block of k that ends at `k`: the next block of the same tile, or the first of
  * the tile beside it, which this thread or another will take soon. */
-static struct lines_ahead what_is_next(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end,
-                                       int64_t k, int64_t tiles) {
+static struct matmul_ahead what_is_next(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end,
+                                        int64_t k) {
     if (k >= p->ks) {
         k = 0;
         if (p->shared_b != NULL)
@@ -125,10 +107,10 @@ static struct lines_ahead what_is_next(const struct product *p, int64_t i, int64
     }
     int64_t kc = min64(p->kc, p->ks - k), m = min64(p->mt, p->m0 + p->ms - i), n = min64(p->nt, p->n0 + p->ns - j);
     if (p->shared_b != NULL && p->shared_a == NULL)
-        return look_ahead(p->A, p->ld_a, p->k_contiguous_a, i, m, p->k0 + k, kc, tiles);
+        return look_ahead(p->A, p->ld_a, p->k_contiguous_a, i, m, p->k0 + k, kc);
     if (p->shared_a != NULL && p->shared_b == NULL)
-        return look_ahead(p->B, p->ld_b, p->k_contiguous_b, j, n, p->k0 + k, kc, tiles);
-    return (struct lines_ahead){0};
+        return look_ahead(p->B, p->ld_b, p->k_contiguous_b, j, n, p->k0 + k, kc);
+    return look_ahead(p->C, p->ld_c, 1, i, 1, 0, 1); /* packed already: a line that is there anyway */
 }
 
 /* One tile over the block of k in work. Rows i .., columns j .. of C; shared panels start at m0, n0, k0. */
@@ -144,7 +126,7 @@ static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int
         return;
     }
     unsigned char *own_b = own_a + bytes_a;
-    const int64_t tiles = round_up(i_end - i, engine->mr) / engine->mr * (round_up(j_end - j, engine->nr) / engine->nr);
+    if (engine->enter != NULL) engine->enter();
     for (int64_t k = 0; k < p->ks; k += p->kc) {
         int64_t kc = min64(p->kc, p->ks - k);
         int accumulate = p->accumulate || p->k0 + k > 0;
@@ -154,7 +136,7 @@ static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int
                 panel_bytes(engine, j - p->n0, engine->nr, kc);
         else
             pack_columns_b(p, own_b, j, j_end, p->k0 + k, kc);
-        struct lines_ahead ahead = what_is_next(p, i, i_end, j, j_end, k + kc, tiles);
+        struct matmul_ahead ahead = what_is_next(p, i, i_end, j, j_end, k + kc);
         for (int64_t r = i; r < i_end; r += rows) {
             int64_t r_end = min64(r + rows, i_end);
             const unsigned char *a = own_a;
@@ -166,6 +148,7 @@ static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int
             multiply_panels(p, a, b, r, r_end, j, j_end, kc, accumulate, &ahead);
         }
     }
+    if (engine->leave != NULL) engine->leave();
 }
 
 /* ---- the parallel driver -------------------------------------------------------------------------------------- */
@@ -210,25 +193,34 @@ static int64_t tile_length(int64_t n, int64_t width, int64_t tiles, int64_t lo, 
     return length * width;
 }
 
+/* The length of blocks of at most SHARED_ROWS that n is cut into: none is much shorter than the others. */
+static int64_t even_blocks(int64_t n, int64_t width) {
+    const int64_t blocks = (n + SHARED_ROWS - 1) / SHARED_ROWS;
+    return min64(n, round_up((n + blocks - 1) / blocks, width));
+}
+
 /* Tiles are as long as possible along one side, so that what is packed for the other side by each thread is packed
  * once: the side with fewer rows (columns) is packed for all and the other is cut. Only if that gives too few tiles is
  * the first side cut as well. */
 static void choose_tiles(struct product *p) {
     const struct matmul_engine *engine = p->engine;
+    /* How C is cut does not show in the values: they are the same sums in any tile. So it may depend on the threads. */
+    const int64_t per_thread = TILES_PER_THREAD * (int64_t)anellm_get_threads();
+    const int64_t tiles = per_thread > MIN_TILES ? per_thread : MIN_TILES;
     if (p->M > p->N) {
-        p->ns = min64(p->N, SHARED_ROWS / engine->nr * engine->nr);
+        p->ns = even_blocks(p->N, engine->nr);
         p->ms = p->M;
         p->nt = p->ns;
-        p->mt = tile_length(p->M, engine->mr, MIN_TILES, 2, ROWS_IN_CACHE / 2 / engine->mr);
+        p->mt = tile_length(p->M, engine->mr, tiles, 2, ROWS_IN_CACHE / 2 / engine->mr);
         int64_t down = (p->M + p->mt - 1) / p->mt;
-        if (down < MIN_TILES) p->nt = tile_length(p->ns, engine->nr, MIN_TILES / down + 1, 2, p->ns);
+        if (down < tiles) p->nt = tile_length(p->ns, engine->nr, tiles / down + 1, 2, p->ns);
     } else {
-        p->ms = min64(p->M, SHARED_ROWS / engine->mr * engine->mr);
+        p->ms = even_blocks(p->M, engine->mr);
         p->ns = p->N;
         p->mt = p->ms;
-        p->nt = tile_length(p->N, engine->nr, MIN_TILES, 1, 3);
+        p->nt = tile_length(p->N, engine->nr, tiles, 1, 3);
         int64_t across = (p->N + p->nt - 1) / p->nt;
-        if (across < MIN_TILES) p->mt = tile_length(p->ms, engine->mr, MIN_TILES / across + 1, 4, p->ms);
+        if (across < tiles) p->mt = tile_length(p->ms, engine->mr, tiles / across + 1, 2, p->ms);
     }
     p->mt = min64(p->mt, p->ms);
     p->nt = min64(p->nt, p->ns);
@@ -240,20 +232,23 @@ static void choose_kc(struct product *p) {
 }
 
 /* Blocks of ms x ns x ks: pack what several tiles share, then multiply the tiles. */
-static int multiply_parallel(struct product *p) {
+static int multiply_parallel(const char *function, struct product *p) {
     const struct matmul_engine *engine = p->engine;
     choose_tiles(p);
     const int64_t ms = p->ms, ns = p->ns;
     const int share_a = p->nt < ns, share_b = p->mt < ms;
-    int64_t longest = share_a && share_b ? (ms > ns ? ms : ns) : share_a ? ms : share_b ? ns : 1;
-    int64_t ks = SHARED_VALUES / round_up(longest, engine->mr * engine->nr) / p->kc * p->kc;
-    ks = min64(ks < p->kc ? p->kc : ks, p->K);
+    const int64_t step_bytes = (int64_t)((share_a ? panel_bytes(engine, ms, engine->mr, engine->k_unit) : 0) +
+                                         (share_b ? panel_bytes(engine, ns, engine->nr, engine->k_unit) : 0));
+    const int64_t budget = SHARED_BYTES * (int64_t)((anellm_get_threads() + THREADS_PER_BLOCK - 1) / THREADS_PER_BLOCK);
+    int64_t ks = p->K;
+    if (step_bytes > 0) ks = min64(ks, budget / step_bytes * engine->k_unit / p->kc * p->kc);
+    if (ks < p->kc) ks = p->kc; /* sums are cut at multiples of kc whatever ks is, so this does not show in results */
     size_t bytes_a = share_a ? panel_bytes(engine, ms, engine->mr, round_up(ks, p->kc)) : 0;
     size_t bytes_b = share_b ? panel_bytes(engine, ns, engine->nr, round_up(ks, p->kc)) : 0;
     bytes_a = (bytes_a + 63) / 64 * 64;
     unsigned char *shared = anellm_scratch(ANELLM_SCRATCH_MATMUL_SHARED, bytes_a + bytes_b);
     if (shared == NULL)
-        return anellm_fail(ANELLM_NOMEM, "anellm_matmul: no memory for %zu bytes of scratch", bytes_a + bytes_b);
+        return anellm_fail_in(function, ANELLM_NOMEM, "no memory for %zu bytes of scratch", bytes_a + bytes_b);
     p->shared_a = share_a ? shared : NULL;
     p->shared_b = share_b ? shared + bytes_a : NULL;
     for (p->m0 = 0; p->m0 < p->M; p->m0 += ms) {
@@ -316,38 +311,54 @@ void anellm_matmul_serial(float *C, int64_t ld_c, const float *A, int64_t ld_a, 
     if (prepare(&p)) multiply_serial(&p);
 }
 
-int anellm_matmul(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B, int64_t ld_b,
-                  int trans_b, int64_t M, int64_t N, int64_t K, int accumulate) {
-    ANELLM_REQUIRE_SIZE(M);
-    ANELLM_REQUIRE_SIZE(N);
-    ANELLM_REQUIRE_SIZE(K);
-    ANELLM_REQUIRE_STRIDE(ld_c, N);
-    ANELLM_REQUIRE(ld_a >= (trans_a ? M : K), "ld_a is %lld; it must be at least %s = %lld", (long long)ld_a,
-                   trans_a ? "M" : "K", (long long)(trans_a ? M : K));
-    ANELLM_REQUIRE(ld_b >= (trans_b ? K : N), "ld_b is %lld; it must be at least %s = %lld", (long long)ld_b,
-                   trans_b ? "K" : "N", (long long)(trans_b ? K : N));
+static int multiply(const char *function, struct product *p) {
+#define REQUIRE(condition, ...)                                                                                        \
+    if (!(condition)) return anellm_fail_in(function, ANELLM_INVALID, __VA_ARGS__)
+    const int trans_a = !p->k_contiguous_a, trans_b = p->k_contiguous_b;
+    const int64_t M = p->M, N = p->N, K = p->K;
+    REQUIRE(M >= 0, "M is %lld; it must not be negative", (long long)M);
+    REQUIRE(N >= 0, "N is %lld; it must not be negative", (long long)N);
+    REQUIRE(K >= 0, "K is %lld; it must not be negative", (long long)K);
+    REQUIRE(p->ld_c >= N, "ld_c is %lld; it must be at least N = %lld", (long long)p->ld_c, (long long)N);
+    REQUIRE(p->ld_a >= (trans_a ? M : K), "ld_a is %lld; it must be at least %s = %lld", (long long)p->ld_a,
+            trans_a ? "M" : "K", (long long)(trans_a ? M : K));
+    REQUIRE(p->ld_b >= (trans_b ? K : N), "ld_b is %lld; it must be at least %s = %lld", (long long)p->ld_b,
+            trans_b ? "K" : "N", (long long)(trans_b ? K : N));
     if (M == 0 || N == 0) return ANELLM_OK;
-    ANELLM_REQUIRE_POINTER(C);
-    if (K > 0) {
-        ANELLM_REQUIRE_POINTER(A);
-        ANELLM_REQUIRE_POINTER(B);
-    }
-    struct product p = {.engine = anellm_kernels()->matmul_engine(), .C = C, .A = A, .B = B, .ld_c = ld_c,
-                        .ld_a = ld_a, .ld_b = ld_b, .k_contiguous_a = !trans_a, .k_contiguous_b = trans_b != 0,
-                        .accumulate = accumulate, .M = M, .N = N, .K = K};
-    if (!prepare(&p)) return ANELLM_OK;
-    if (is_small(&p)) {
+    REQUIRE(p->C != NULL, "C is NULL");
+    REQUIRE(K == 0 || p->A != NULL, "A is NULL");
+    REQUIRE(K == 0 || p->B != NULL, "B is NULL");
+#undef REQUIRE
+    if (!prepare(p)) return ANELLM_OK;
+    if (is_small(p)) {
+        p->engine = anellm_kernels()->matmul_engine();
         /* Pieces of 64 Ki values of B; not less than a cache line of columns where B lies along N. */
-        int64_t grain = (1 << 16) / K / 64 * 64;
-        anellm_parallel_for(N, grain < 64 ? 64 : grain, small_body, &p);
+        const int64_t grain = (1 << 16) / K / 64 * 64;
+        anellm_parallel_for(N, grain < 64 ? 64 : grain, small_body, p);
         return ANELLM_OK;
     }
     if ((double)M * (double)N * (double)K < MIN_PARALLEL_WORK) {
-        multiply_serial(&p);
+        multiply_serial(p);
         return ANELLM_OK;
     }
-    choose_kc(&p);
-    return multiply_parallel(&p);
+    choose_kc(p);
+    return multiply_parallel(function, p);
+}
+
+int anellm_matmul(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B, int64_t ld_b,
+                  int trans_b, int64_t M, int64_t N, int64_t K, int accumulate) {
+    struct product p = {.engine = anellm_kernels()->matmul_engine(), .C = C, .A = A, .B = B, .ld_c = ld_c,
+                        .ld_a = ld_a, .ld_b = ld_b, .k_contiguous_a = !trans_a, .k_contiguous_b = trans_b != 0,
+                        .accumulate = accumulate, .M = M, .N = N, .K = K};
+    return multiply(__func__, &p);
+}
+
+int anellm_matmul_bf16(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B, int64_t ld_b,
+                       int trans_b, int64_t M, int64_t N, int64_t K, int accumulate) {
+    struct product p = {.engine = anellm_kernels()->matmul_bf16_engine(), .C = C, .A = A, .B = B, .ld_c = ld_c,
+                        .ld_a = ld_a, .ld_b = ld_b, .k_contiguous_a = !trans_a, .k_contiguous_b = trans_b != 0,
+                        .accumulate = accumulate, .M = M, .N = N, .K = K};
+    return multiply(__func__, &p);
 }
 
 /* ---- portable engine ------------------------------------------------------------------------------------------ */
@@ -389,10 +400,11 @@ static void pack_b__portable(void *panel, const float *src, int64_t ld, int k_co
 }
 
 static void tile__portable(float *c, int64_t ld_c, const void *a_panel, const void *b_panel, int64_t rows, int64_t cols,
-                           int64_t kc, int accumulate) {
+                           int64_t kc, int accumulate, struct matmul_ahead *ahead) {
     const float *a = a_panel, *b = b_panel;
     vec4 sum[MR][2] = {{{0}}};
     for (int64_t k = 0; k < kc; k++, a += MR, b += NR) {
+        if (k % 8 == 0) anellm_matmul_prefetch(ahead);
         vec4 b0 = *(const vec4 *)b, b1 = *(const vec4 *)(b + 4);
         for (int i = 0; i < MR; i++) {
             sum[i][0] += a[i] * b0;
@@ -477,6 +489,46 @@ const struct matmul_engine *matmul_engine__portable(void) {
         .tile = tile__portable,
         .small_nt = small_nt__portable,
         .small_nn = small_nn__portable,
+    };
+    return &engine;
+}
+
+/* ---- inputs rounded to bf16 ----------------------------------------------------------------------------------- */
+
+/* To nearest, ties to even; NaN stays NaN. Through the bits, as in convert.c. */
+static void round_panel(float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        if ((bits & 0x7fffffffu) > 0x7f800000u)
+            bits |= 0x400000u;
+        else
+            bits += 0x7fffu + (bits >> 16 & 1u);
+        bits &= 0xffff0000u;
+        memcpy(x + i, &bits, sizeof bits);
+    }
+}
+
+static void pack_a_rounded(void *panel, const float *src, int64_t ld, int k_contiguous, int64_t n, int64_t kc) {
+    pack_a__portable(panel, src, ld, k_contiguous, n, kc);
+    round_panel(panel, MR * kc);
+}
+
+static void pack_b_rounded(void *panel, const float *src, int64_t ld, int k_contiguous, int64_t n, int64_t kc) {
+    pack_b__portable(panel, src, ld, k_contiguous, n, kc);
+    round_panel(panel, NR * kc);
+}
+
+const struct matmul_engine *matmul_bf16_engine__portable(void) {
+    static const struct matmul_engine engine = {
+        .mr = MR,
+        .nr = NR,
+        .kc = 256,
+        .k_unit = 1,
+        .element_bytes = sizeof(float),
+        .pack_a = pack_a_rounded,
+        .pack_b = pack_b_rounded,
+        .tile = tile__portable,
     };
     return &engine;
 }

@@ -6,7 +6,12 @@
  *
  * Each element is one chain of multiply-adds in the order of k, cut into blocks of kc whose sums are added in order, so
  * the split into tiles and over threads does not show in the result. Blocking and packing: Goto and van de Geijn,
- * "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008. */
+ * "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
+ *
+ * anellm_matmul_bf16 is the same product with the values of A and B rounded to bf16 (to nearest, ties to even) on their
+ * way into the panels; sums and C are fp32. Each product is then off by at most 2^-7 of its size (and 2^-16). Engines differ: some
+ * round once per pair of products, and bf16 units take subnormal inputs and sums for zero. Few rows (M <=
+ * ANELLM_MATMUL_SMALL, A not transposed) wait for memory anyway and are multiplied in fp32, without rounding. */
 #ifndef ANELLM_KERNELS_MATMUL_H
 #define ANELLM_KERNELS_MATMUL_H
 
@@ -16,6 +21,24 @@
 /* The scratch slots of core/threads.h that a product uses: blocks packed by a thread for itself, and blocks packed for
  * all threads by the caller. A body that runs products must not keep data in them. */
 enum { ANELLM_SCRATCH_MATMUL_OWN = 1, ANELLM_SCRATCH_MATMUL_SHARED = 2 };
+
+/* Cache lines that will be read soon: `rows` pieces of `row_lines` lines, the pieces `stride` bytes apart. A tile asks
+ * for one of them every few steps of k, so that the memory system works while the arithmetic units do. Addresses may lie
+ * beyond the matrix, which a prefetch does not mind. */
+struct matmul_ahead {
+    uintptr_t row;
+    int64_t rows, row_lines, stride, line;
+};
+
+static inline void anellm_matmul_prefetch(struct matmul_ahead *ahead) {
+    __builtin_prefetch((const void *)(ahead->row + (uintptr_t)(64 * ahead->line)), 0, 2);
+    if (++ahead->line < ahead->row_lines) return;
+    ahead->line = 0;
+    if (--ahead->rows > 0)
+        ahead->row += (uintptr_t)ahead->stride;
+    else
+        ahead->rows = 1; /* all done: ask for the last piece again, which costs nothing */
+}
 
 /* A way to multiply blocks: the driver in matmul.c does the rest. A packed panel holds kc steps of mr rows of op(A) or
  * nr columns of op(B), its values beside each other for each step of k, in the engine's own number format. */
@@ -28,10 +51,14 @@ struct matmul_engine {
      * src[k * ld + i]. Reads no other values; writes nothing outside the panel. */
     void (*pack_a)(void *panel, const float *src, int64_t ld, int k_contiguous, int64_t n, int64_t kc);
     void (*pack_b)(void *panel, const float *src, int64_t ld, int k_contiguous, int64_t n, int64_t kc);
-    /* c (rows, cols) of a panel of A times a panel of B. */
+    /* c (rows, cols) of a panel of A times a panel of B; asks for lines of `ahead` meanwhile. */
     void (*tile)(float *c, int64_t ld_c, const void *a, const void *b, int64_t rows, int64_t cols, int64_t kc,
-                 int accumulate);
-    /* The whole product for M <= ANELLM_MATMUL_SMALL rows of A, reading B (N, K) or B (K, N) once, unpacked. */
+                 int accumulate, struct matmul_ahead *ahead);
+    /* Called by each thread around its tiles, where the hardware has a state to set up. NULL: nothing to do. */
+    void (*enter)(void);
+    void (*leave)(void);
+    /* The whole product for M <= ANELLM_MATMUL_SMALL rows of A, reading B (N, K) or B (K, N) once, unpacked. Not used
+     * of a bf16 engine. */
     void (*small_nt)(float *c, int64_t ld_c, const float *a, int64_t ld_a, const float *b, int64_t ld_b, int64_t M,
                      int64_t N, int64_t K, int accumulate);
     void (*small_nn)(float *c, int64_t ld_c, const float *a, int64_t ld_a, const float *b, int64_t ld_b, int64_t M,
@@ -39,7 +66,8 @@ struct matmul_engine {
 };
 enum { ANELLM_MATMUL_SMALL = 4 };
 
-typedef const struct matmul_engine *matmul_engine_fn(void);
+typedef const struct matmul_engine *matmul_engine_fn(void);      /* of anellm_matmul */
+typedef const struct matmul_engine *matmul_bf16_engine_fn(void); /* of anellm_matmul_bf16 */
 
 /* anellm_matmul on this thread alone and without checks, for use inside other kernels. Sizes may be zero. */
 void anellm_matmul_serial(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B,

@@ -14,7 +14,8 @@ enum { MR = 6, NR = 16 };
 
 /* ROWS x (8 * VECTORS) of c; constant after inlining, so that every accumulator lives in a register. */
 INLINE void tile(float *c, int64_t ld_c, const float *a, const float *b, int64_t cols, int64_t kc, int accumulate,
-                 const int ROWS, const int VECTORS) {
+                 struct matmul_ahead *next, const int ROWS, const int VECTORS) {
+    struct matmul_ahead ahead = *next;
     __m256 sum[6][2];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++) {
@@ -24,6 +25,7 @@ INLINE void tile(float *c, int64_t ld_c, const float *a, const float *b, int64_t
     }
 #pragma GCC unroll 4
     for (int64_t k = 0; k < kc; k++) {
+        if (k % 8 == 0) anellm_matmul_prefetch(&ahead);
         __m256 b0 = _mm256_loadu_ps(b + k * NR);
         __m256 b1 = VECTORS > 1 ? _mm256_loadu_ps(b + k * NR + 8) : b0;
 #pragma GCC unroll 6
@@ -33,6 +35,7 @@ INLINE void tile(float *c, int64_t ld_c, const float *a, const float *b, int64_t
             if (VECTORS > 1) sum[i][1] = _mm256_fmadd_ps(x, b1, sum[i][1]);
         }
     }
+    *next = ahead;
     if (cols == 8 * VECTORS) {
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++) {
@@ -62,13 +65,13 @@ INLINE void tile(float *c, int64_t ld_c, const float *a, const float *b, int64_t
 }
 
 ANELLM_TARGET_AVX2 static void tile__avx2(float *c, int64_t ld_c, const void *a, const void *b, int64_t rows,
-                                          int64_t cols, int64_t kc, int accumulate) {
+                                          int64_t cols, int64_t kc, int accumulate, struct matmul_ahead *next) {
 #define TILE(n)                                                                                                        \
     case n:                                                                                                            \
         if (cols > 8)                                                                                                  \
-            tile(c, ld_c, a, b, cols, kc, accumulate, n, 2);                                                           \
+            tile(c, ld_c, a, b, cols, kc, accumulate, next, n, 2);                                                           \
         else                                                                                                           \
-            tile(c, ld_c, a, b, cols, kc, accumulate, n, 1);                                                           \
+            tile(c, ld_c, a, b, cols, kc, accumulate, next, n, 1);                                                           \
         break
     switch (rows) {
         TILE(6);
@@ -331,6 +334,48 @@ const struct matmul_engine *matmul_engine__avx2(void) {
         .tile = tile__avx2,
         .small_nt = small_nt__avx2,
         .small_nn = small_nn__avx2,
+    };
+    return &engine;
+}
+
+/* ---- inputs rounded to bf16 ----------------------------------------------------------------------------------- */
+
+ANELLM_TARGET_AVX2 static void round_panel(float *x, int64_t n) {
+    const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x400000);
+    for (int64_t i = 0; i < n; i += 8) {
+        const __m256i mask = anellm_mask_avx2(n - i);
+        const __m256 value = _mm256_maskload_ps(x + i, mask);
+        const __m256i bits = _mm256_castps_si256(value);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+        const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, half));
+        const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+        const __m256 result = _mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                               _mm256_castsi256_ps(_mm256_or_si256(bits, quiet)), is_nan);
+        const __m256 upper = _mm256_castsi256_ps(_mm256_set1_epi32((int)0xffff0000));
+        _mm256_maskstore_ps(x + i, mask, _mm256_and_ps(result, upper));
+    }
+}
+
+static void pack_a_rounded(void *panel, const float *src, int64_t ld, int k_contiguous, int64_t n, int64_t kc) {
+    pack_a__avx2(panel, src, ld, k_contiguous, n, kc);
+    round_panel(panel, MR * kc);
+}
+
+static void pack_b_rounded(void *panel, const float *src, int64_t ld, int k_contiguous, int64_t n, int64_t kc) {
+    pack_b__avx2(panel, src, ld, k_contiguous, n, kc);
+    round_panel(panel, NR * kc);
+}
+
+const struct matmul_engine *matmul_bf16_engine__avx2(void) {
+    static const struct matmul_engine engine = {
+        .mr = MR,
+        .nr = NR,
+        .kc = 256,
+        .k_unit = 1,
+        .element_bytes = sizeof(float),
+        .pack_a = pack_a_rounded,
+        .pack_b = pack_b_rounded,
+        .tile = tile__avx2,
     };
     return &engine;
 }

@@ -9,7 +9,7 @@ static int reserve_blocks(anellm_kvcache *cache) {
     const anellm_config *c = &cache->config;
     const int64_t dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
     const int64_t attention = dim + 2 * q + 2 * kv, mlp = dim + 3 * hidden;
-    const int64_t per_row = dim + (attention > mlp ? attention : mlp) + c->n_heads;
+    const int64_t per_row = dim + (attention > mlp ? attention : mlp);
     ANELLM_TRY(anellm_block_reserve(&cache->keys_values,
                                     (size_t)(2 * c->n_layers * cache->max_tokens * kv) * sizeof(float)));
     return anellm_block_reserve(&cache->scratch, (size_t)(ANELLM_DECODE_CHUNK * per_row) * sizeof(float));
@@ -72,6 +72,7 @@ static int decode(anellm_model *model, anellm_kvcache *cache, float *logits, con
                    (long long)cache->length, (long long)cache->max_tokens);
     ANELLM_TRY(anellm_check_ids("tokens", tokens, n, model->config.vocab_size, 0));
     ANELLM_TRY(anellm_model_reserve_rope(model, cache->max_tokens));
+    ANELLM_TRY(anellm_model_refresh_compressed(model));
     ANELLM_TRY(model->arch->decode(model, cache, logits, tokens, n));
     cache->length += n;
     return ANELLM_OK;

@@ -226,7 +226,8 @@ static struct anellm_step make_step(const anellm_model *model, const struct plan
                                 .T = model->T,
                                 .rope_cos = cos_table,
                                 .rope_sin = cos_table + model->rope_len * (c->head_dim / 2),
-                                .workspace = &plan->workspace};
+                                .workspace = &plan->workspace,
+                                .dtype = model->dtype};
 }
 
 /* ---- forward and backward ----------------------------------------------------------------------------------------- */
@@ -291,37 +292,77 @@ static int llama_backward(anellm_model *model, const int32_t *tokens, const int3
 
 /* ---- decoding with a cache ---------------------------------------------------------------------------------------- */
 
+/* The matrices that decode reads: the classifier, which is the embedding table where they are tied, then those of each
+ * layer. */
+enum { DECODE_QKV, DECODE_WO, DECODE_GATE_UP, DECODE_DOWN, N_DECODE_MATRICES };
+
+static int64_t llama_n_matrices(const anellm_config *c) { return 1 + (int64_t)c->n_layers * N_DECODE_MATRICES; }
+
+static int64_t decode_index(int64_t layer, int which) { return 1 + layer * N_DECODE_MATRICES + which; }
+
+static void llama_matrix(struct anellm_matrix_info *info, const anellm_config *c, int64_t index) {
+    if (index == 0) {
+        const int64_t offset = c->tie_embeddings ? 0 : layers_end(c) + c->dim;
+        *info = (struct anellm_matrix_info){.rows = c->vocab_size, .columns = c->dim, .offset = offset};
+        return;
+    }
+    const int64_t dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
+    const int64_t layer = (index - 1) / N_DECODE_MATRICES, which = (index - 1) % N_DECODE_MATRICES;
+    static const int first[N_DECODE_MATRICES] = {Q_PROJ, O_PROJ, GATE, DOWN};
+    const int64_t rows[N_DECODE_MATRICES] = {q + 2 * kv, dim, 2 * hidden, dim}, columns[] = {dim, q, dim, hidden};
+    *info = (struct anellm_matrix_info){.rows = rows[which],
+                                        .columns = columns[which],
+                                        .offset = embedding_size(c) + layer * layer_size(c) +
+                                                  layer_tensor_offset(c, first[which])};
+}
+
+/* x (rows, dim) = the embeddings: of a tied table whatever the classifier is stored as, so that its fp32 form is not
+ * needed; an untied one is read a row a token, so it stays fp32. */
+static int decode_embed(float *x, const anellm_model *model, const int32_t *tokens, int64_t rows) {
+    const anellm_config *c = &model->config;
+    const struct anellm_matrix classifier = anellm_model_matrix(model, 0);
+    if (c->tie_embeddings) return anellm_matrix_rows(x, &classifier, tokens, rows);
+    return anellm_embedding_forward(x, anellm_model_section(model, ANELLM_SECTION_PARAMS), tokens, rows, c->dim,
+                                    c->vocab_size);
+}
+
+/* One layer over `rows` tokens behind `start` others. */
+static int decode_layer(const anellm_model *model, anellm_kvcache *cache, float *x, float *scratch, int64_t layer,
+                        int64_t start, int64_t rows) {
+    const anellm_config *c = &model->config;
+    const int64_t dim = c->dim, hidden = c->hidden_dim, kv = anellm_kv_dim(c), half = c->head_dim / 2;
+    const struct anellm_layer_weights w =
+        layer_weights(c, anellm_model_section(model, ANELLM_SECTION_PARAMS), layer);
+    struct anellm_matrix m[N_DECODE_MATRICES];
+    for (int i = 0; i < N_DECODE_MATRICES; ++i) m[i] = anellm_model_matrix(model, decode_index(layer, i));
+    const float *cos_table = model->rope.base, *sin_table = cos_table + model->rope_len * half;
+    float *keys = (float *)cache->keys_values.base + layer * 2 * cache->max_tokens * kv;
+    float *h = scratch, *gate_up = h + rows * dim, *act = gate_up + rows * 2 * hidden;
+    ANELLM_TRY(anellm_cpu_attention_decode(c, x, keys, keys + cache->max_tokens * kv, cache->max_tokens, start, rows,
+                                           cos_table + start * half, sin_table + start * half, scratch, &w,
+                                           &m[DECODE_QKV], &m[DECODE_WO]));
+    ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, x, dim, w.mlp_norm, rows, dim, c->norm_eps));
+    ANELLM_TRY(anellm_matrix_multiply(gate_up, 2 * hidden, h, dim, &m[DECODE_GATE_UP], rows, 0));
+    ANELLM_TRY(anellm_swiglu_forward(act, gate_up, rows, hidden));
+    return anellm_matrix_multiply(x, dim, act, hidden, &m[DECODE_DOWN], rows, 1);
+}
+
 static int llama_decode(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n) {
     const anellm_config *c = &model->config;
-    const int64_t dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
-    float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
-    const struct anellm_head_weights head = head_weights(c, params);
-    const float *cos_table = model->rope.base, *sin_table = cos_table + model->rope_len * (c->head_dim / 2);
+    const int64_t dim = c->dim;
     float *x = cache->scratch.base, *scratch = x + ANELLM_DECODE_CHUNK * dim;
-    float *lse = scratch + ANELLM_DECODE_CHUNK * max64(dim + 2 * q + 2 * kv, dim + 3 * hidden);
-
-    for (int64_t done = 0; done < n; done += ANELLM_DECODE_CHUNK) {
-        const int64_t rows = min64(n - done, ANELLM_DECODE_CHUNK), start = cache->length + done;
-        const int64_t table_row = start * (c->head_dim / 2);
-        ANELLM_TRY(anellm_embedding_forward(x, params, tokens + done, rows, dim, c->vocab_size));
-        for (int64_t layer = 0; layer < c->n_layers; ++layer) {
-            const struct anellm_layer_weights w = layer_weights(c, params, layer);
-            float *keys = (float *)cache->keys_values.base + layer * 2 * cache->max_tokens * kv;
-            float *h = scratch, *gate_up = h + rows * dim, *act = gate_up + rows * 2 * hidden;
-            ANELLM_TRY(anellm_cpu_attention_decode(c, x, keys, keys + cache->max_tokens * kv, start, rows,
-                                                   cos_table + table_row, sin_table + table_row, scratch, lse, &w));
-            ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, x, dim, w.mlp_norm, rows, dim, c->norm_eps));
-            ANELLM_TRY(anellm_matmul(gate_up, 2 * hidden, h, dim, 0, w.gate_up, dim, 1, rows, 2 * hidden, dim, 0));
-            ANELLM_TRY(anellm_swiglu_forward(act, gate_up, rows, hidden));
-            ANELLM_TRY(anellm_matmul(x, dim, act, hidden, 0, w.down, hidden, 1, rows, dim, hidden, 1));
-        }
-        if (done + rows < n) continue;
-        const float *last = x + (rows - 1) * dim;
-        ANELLM_TRY(anellm_rmsnorm_forward(scratch, dim, NULL, last, dim, head.norm, 1, dim, c->norm_eps));
-        ANELLM_TRY(anellm_matmul(logits, c->vocab_size, scratch, dim, 0, head.classifier, dim, 1, 1, c->vocab_size,
-                                 dim, 0));
+    int64_t rows = 0;
+    for (int64_t done = 0; done < n; done += rows) {
+        rows = min64(n - done, ANELLM_DECODE_CHUNK);
+        ANELLM_TRY(decode_embed(x, model, tokens + done, rows));
+        for (int64_t layer = 0; layer < c->n_layers; ++layer)
+            ANELLM_TRY(decode_layer(model, cache, x, scratch, layer, cache->length + done, rows));
     }
-    return ANELLM_OK;
+    const float *last = x + (rows - 1) * dim;
+    const struct anellm_head_weights head = head_weights(c, anellm_model_section(model, ANELLM_SECTION_PARAMS));
+    const struct anellm_matrix classifier = anellm_model_matrix(model, 0);
+    ANELLM_TRY(anellm_rmsnorm_forward(scratch, dim, NULL, last, dim, head.norm, 1, dim, c->norm_eps));
+    return anellm_matrix_multiply(logits, c->vocab_size, scratch, dim, &classifier, 1, 0);
 }
 
 const struct anellm_architecture anellm_arch_llama = {.n_tensors = llama_n_tensors,
@@ -330,4 +371,6 @@ const struct anellm_architecture anellm_arch_llama = {.n_tensors = llama_n_tenso
                                               .init_scale = llama_init_scale,
                                               .forward = llama_forward,
                                               .backward = llama_backward,
+                                              .n_matrices = llama_n_matrices,
+                                              .matrix = llama_matrix,
                                               .decode = llama_decode};

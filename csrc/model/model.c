@@ -26,6 +26,12 @@ int anellm_model_take(anellm_model *model, const char *function) {
 
 void anellm_model_release(anellm_model *model) { atomic_store(&model->busy, 0); }
 
+/* Every copy of the parameters, of the backend or for decode, is out of date. */
+static int weights_changed(anellm_model *model) {
+    model->compressed.stale = 1;
+    return model->backend->weights_changed(model->backend_state);
+}
+
 /* ---- parameters ---------------------------------------------------------------------------------------------------- */
 
 int anellm_params_count(int64_t *n_tensors, int64_t *n_floats, const anellm_config *config) {
@@ -112,6 +118,7 @@ int anellm_model_create(anellm_model **model, const anellm_config *config, const
 void anellm_model_free(anellm_model *model) {
     if (model == NULL) return;
     model->backend->close(model->backend_state);
+    anellm_compressed_free(&model->compressed);
     anellm_block_release(&model->activations);
     anellm_block_release(&model->rope);
     anellm_block_release(&model->batch);
@@ -119,11 +126,21 @@ void anellm_model_free(anellm_model *model) {
     free(model);
 }
 
+int anellm_model_set_dtype(anellm_model *model, int dtype) {
+    ANELLM_REQUIRE(dtype == ANELLM_DTYPE_FP32 || dtype == ANELLM_DTYPE_BF16, "dtype = %d, must be 0 (fp32) or 1 (bf16)",
+                   dtype);
+    ANELLM_TRY(anellm_model_take(model, __func__));
+    if (model->dtype != dtype) model->backward_ready = 0; /* backward may need activations in another form */
+    model->dtype = dtype;
+    anellm_model_release(model);
+    return ANELLM_OK;
+}
+
 int anellm_model_init(anellm_model *model, uint64_t seed, float std) {
     ANELLM_REQUIRE(isfinite(std) && std >= 0.0f, "std = %g, must be finite and >= 0", (double)std);
     ANELLM_TRY(anellm_model_take(model, __func__));
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
-    int status = ANELLM_OK;
+    int status = anellm_model_require_weights(model, __func__);
     for (int64_t i = 0; i < model->n_tensors && status == ANELLM_OK; ++i) {
         anellm_tensor_info info;
         model->arch->tensor(&info, &model->config, i);
@@ -136,7 +153,7 @@ int anellm_model_init(anellm_model *model, uint64_t seed, float std) {
         }
     }
     model->backward_ready = 0;
-    if (status == ANELLM_OK) status = model->backend->weights_changed(model->backend_state);
+    if (status == ANELLM_OK) status = weights_changed(model);
     anellm_model_release(model);
     return status;
 }
@@ -149,7 +166,8 @@ static int enable_training(anellm_model *model) {
 
 int anellm_model_enable_training(anellm_model *model) {
     ANELLM_TRY(anellm_model_take(model, __func__));
-    const int status = enable_training(model);
+    int status = anellm_model_require_weights(model, __func__);
+    if (status == ANELLM_OK) status = enable_training(model);
     anellm_model_release(model);
     return status;
 }
@@ -169,8 +187,11 @@ float *anellm_model_moments(anellm_model *model, int which) {
 
 int anellm_model_weights_changed(anellm_model *model) {
     ANELLM_TRY(anellm_model_take(model, __func__));
-    model->backward_ready = 0; /* backward would mix old activations with new weights */
-    const int status = model->backend->weights_changed(model->backend_state);
+    int status = anellm_model_require_weights(model, __func__);
+    if (status == ANELLM_OK) {
+        model->backward_ready = 0; /* backward would mix old activations with new weights */
+        status = weights_changed(model);
+    }
     anellm_model_release(model);
     return status;
 }
@@ -219,6 +240,7 @@ static int forward(anellm_model *model, double *loss, int64_t *n_targets, float 
                    const int32_t *tokens, const int32_t *targets, int64_t B, int64_t T, int training) {
     const anellm_config *c = &model->config;
     const int64_t N = B * T;
+    ANELLM_TRY(anellm_model_require_weights(model, __func__));
     ANELLM_TRY(check_batch(__func__, c, B, T));
     ANELLM_TRY(anellm_check_ids("tokens", tokens, N, c->vocab_size, 0));
     if (targets != NULL) ANELLM_TRY(anellm_check_ids("targets", targets, N, c->vocab_size, ANELLM_IGNORE_INDEX));
@@ -318,6 +340,7 @@ int anellm_model_grad_norm(anellm_model *model, double *norm, int64_t *n_nonfini
 /* Neighbouring tensors with the same decay are updated as one span. */
 static int adamw(anellm_model *model, const anellm_adamw_params *p, int decay) {
     ANELLM_TRY(require_training(model, __func__));
+    ANELLM_TRY(anellm_model_require_weights(model, __func__));
     float *sections[ANELLM_N_SECTIONS];
     for (int i = 0; i < ANELLM_N_SECTIONS; ++i) sections[i] = anellm_model_section(model, i);
     anellm_adamw_params plain = *p;
@@ -339,7 +362,7 @@ static int adamw(anellm_model *model, const anellm_adamw_params *p, int decay) {
         start = end;
     }
     model->backward_ready = 0;
-    return model->backend->weights_changed(model->backend_state);
+    return weights_changed(model);
 }
 
 int anellm_model_adamw(anellm_model *model, const anellm_adamw_params *p, int decay) {

@@ -5,11 +5,21 @@
 #include "anellm.h"
 #include "backend/backend.h"
 #include "core/arena.h"
+#include "kernels/matvec.h"
 
 #include <stdatomic.h>
 
 /* Sections of a model's arena, in walking order. */
 enum { ANELLM_SECTION_PARAMS, ANELLM_SECTION_GRADS, ANELLM_SECTION_M, ANELLM_SECTION_V, ANELLM_N_SECTIONS };
+
+/* Compressed copies of the matrices that decode reads: compress.c. All zero when there are none. */
+struct anellm_compressed {
+    int kind;                        /* of enum anellm_weights */
+    int stale;                       /* the fp32 weights have changed since */
+    int released;                    /* the fp32 matrices were given back to the system */
+    struct anellm_matrix *matrices;  /* in the order of the architecture's table */
+    struct anellm_block block;
+};
 
 struct anellm_model {
     anellm_config config;
@@ -19,12 +29,20 @@ struct anellm_model {
     struct anellm_arena arena;
     int64_t n_tensors, n_floats;
     struct anellm_block activations; /* taps and scratch of the current batch shape */
+    struct anellm_compressed compressed;
     struct anellm_block rope;        /* cos (rope_len, head_dim/2), then sin */
     int64_t rope_len;
     struct anellm_block batch;       /* copies of tokens (N) and targets (N), and losses (N), for backward */
     int64_t B, T, n_targets;
+    int dtype;                       /* of enum anellm_dtype */
     int backward_ready;              /* the activations are those of a training forward, not yet consumed */
     atomic_int busy;
+};
+
+/* A matrix that decode multiplies by: (rows, columns) at an offset in floats from the start of the parameters. Tensors
+ * that lie one behind the other and share their input are one matrix. */
+struct anellm_matrix_info {
+    int64_t rows, columns, offset;
 };
 
 /* One architecture (llama.c, later gpt2.c). The caller has checked every argument and holds the model. */
@@ -39,6 +57,8 @@ struct anellm_architecture {
     int (*forward)(anellm_model *model, float *losses, float *logits, const int32_t *tokens, const int32_t *targets,
                    int training);
     int (*backward)(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale, int accumulate);
+    int64_t (*n_matrices)(const anellm_config *config);
+    void (*matrix)(struct anellm_matrix_info *info, const anellm_config *config, int64_t index);
     int (*decode)(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n);
 };
 extern const struct anellm_architecture anellm_arch_llama;
@@ -47,7 +67,7 @@ const struct anellm_architecture *anellm_arch_of(const anellm_config *config);
 /* Keys and values of the tokens seen so far, and the scratch to add more. */
 struct anellm_kvcache {
     anellm_config config;
-    struct anellm_block keys_values; /* per layer: k (max_tokens, kv_dim), v (max_tokens, kv_dim) */
+    struct anellm_block keys_values; /* per layer: k, then v (n_kv_heads, max_tokens, head_dim) */
     struct anellm_block scratch;
     int64_t max_tokens, length;
     atomic_int busy;
@@ -59,6 +79,13 @@ int anellm_model_take(anellm_model *model, const char *function);
 void anellm_model_release(anellm_model *model);
 /* Make the RoPE tables hold at least `length` positions. */
 int anellm_model_reserve_rope(anellm_model *model, int64_t length);
+/* The index-th matrix of the architecture's table, in the format that decode is to use. */
+struct anellm_matrix anellm_model_matrix(const anellm_model *model, int64_t index);
+/* Renew the compressed copies if the weights have changed. */
+int anellm_model_refresh_compressed(anellm_model *model);
+void anellm_compressed_free(struct anellm_compressed *compressed);
+/* INVALID when the fp32 weights were released. */
+int anellm_model_require_weights(const anellm_model *model, const char *function);
 float *anellm_model_section(const anellm_model *model, int section);
 /* RANGE unless every id is in [0, vocab_size) (or is `ignore`, where that is not 0). */
 int anellm_check_ids(const char *name, const int32_t *ids, int64_t n, int64_t vocab_size, int32_t ignore);

@@ -30,6 +30,7 @@ _CTYPES = {
     np.dtype(np.int32): "int32_t *",
     np.dtype(np.int64): "int64_t *",
     np.dtype(np.uint16): "uint16_t *",
+    np.dtype(np.int8): "int8_t *",
 }
 
 
@@ -54,7 +55,7 @@ def ptr(
 
     Args:
         array: NumPy array, C-contiguous; None gives NULL.
-        dtype: the element type that C expects (float32, float64, int32, int64 or uint16).
+        dtype: the element type that C expects (float32, float64, int32, int64, uint16 or int8).
         shape: the exact shape expected; None accepts any.
         write: whether C will write to it.
         name: what to call the array in an error.

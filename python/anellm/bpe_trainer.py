@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from anellm.errors import InvalidError
 from anellm.tokenizer import BYTE_PIECES, FIRST_PIECE_ID, Tokenizer, split_documents
@@ -16,43 +18,68 @@ _SPECIAL = (b"<unk>", b"\n<s>\n", b"\n</s>\n")
 # holds a space only in front, never a newline beside anything, and numbers are spelt digit by digit.
 _WORD = re.compile(r" ?'?[^\W\d_]+| ?(?:[^\w\s]|_)+|\s|.", re.DOTALL)
 
+LEAST_VOCAB, MOST_VOCAB = 512, 8192
+LEARN_BYTES = 32 << 20  # UTF-8 bytes of text that a vocabulary is learnt from; what comes after them is not looked at
+
 Symbols = list[int]
 Pair = tuple[int, int]
 
 
+def default_vocab_size(n_bytes: int) -> int:
+    """Return how many tokens suit a text: the largest power of two not above the square root of its bytes, 512 to 8192.
+
+    Args:
+        n_bytes: UTF-8 bytes of text.
+    """
+    return min(MOST_VOCAB, max(LEAST_VOCAB, 1 << (math.isqrt(max(1, n_bytes)).bit_length() - 1)))
+
+
 def train_bpe(text: str, vocab_size: int) -> Tokenizer:
-    """Learn a byte-pair vocabulary from a text.
+    """Learn a byte-pair vocabulary from a text whose documents are separated by ``<|endoftext|>``.
+
+    See train_bpe_on().
+    """
+    return train_bpe_on(split_documents(text), vocab_size)
+
+
+def train_bpe_on(documents: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
+    """Learn a byte-pair vocabulary from documents.
 
     The most frequent pair of neighbours becomes a piece, over and over; among equals the shorter piece comes first,
     then the alphabetically first, so the same text always gives the same bytes.
 
     Args:
-        text: documents separated by ``<|endoftext|>``; the marker itself is not learnt.
+        documents: texts; none is looked at once LEARN_BYTES have been.
         vocab_size: tokens in all: 3 special, 256 bytes, then merges in the order learnt, then the single characters,
             most frequent first; scores fall by one from piece to piece. At most half the pieces are characters: the
-            rarest beyond that are left to the byte tokens.
+            rarest beyond that are left to the byte tokens. None takes default_vocab_size(), or fewer tokens where
+            the text has too few different pairs.
 
     Returns:
-        A tokenizer with exactly vocab_size tokens.
+        A tokenizer with exactly vocab_size tokens, where that is given.
 
     Raises:
         InvalidError: if vocab_size leaves no room for pieces, or the text has too few different pairs for it.
 
     Source: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1, with counts updated in place.
     """
-    room = vocab_size - FIRST_PIECE_ID
-    if room < 2:
+    if vocab_size is not None and vocab_size < FIRST_PIECE_ID + 2:
         raise InvalidError(f"vocab_size: expected at least {FIRST_PIECE_ID + 2}, found {vocab_size}")
-    documents = [" " + document for document in split_documents(text)]  # the space that encode puts in front
     characters = Counter[str]()
     words = Counter[str]()
+    n_bytes = 0
     for document in documents:
-        characters.update(document)
-        words.update(_WORD.findall(document))
+        if n_bytes >= LEARN_BYTES:
+            break
+        spaced = " " + document  # the space that encode puts in front
+        characters.update(spaced)
+        words.update(_WORD.findall(spaced))
+        n_bytes += len(document.encode("utf-8", "replace"))
+    room = (vocab_size or default_vocab_size(n_bytes)) - FIRST_PIECE_ID
     characters[" "] = max(characters.values(), default=0) + 1  # always a piece: encode begins with it
     ranked = sorted(characters, key=lambda char: (-characters[char], char))[: max(1, room // 2)]
     merges = _Merger(words, ranked).run(room - len(ranked))
-    if len(merges) + len(ranked) < room:
+    if vocab_size is not None and len(merges) + len(ranked) < room:
         most = FIRST_PIECE_ID + len(merges) + len(ranked)
         raise InvalidError(f"vocab_size: expected at most {most} for this text, found {vocab_size}")
     learnt = [piece.encode("utf-8") for piece in (*merges, *ranked)]

@@ -1,8 +1,8 @@
 """Checkpoints: write one atomically, verify it, find the newest that is whole, load it, and prune the rest.
 
 ``step_00000100/`` is a Hugging Face directory (config.json, model.safetensors) with what training needs besides:
-optimizer.safetensors (AdamW's moments as ``m.<tensor>`` and ``v.<tensor>``), state.json, tokenizer.bin where it is
-known, and checkpoint.json, written last, with the size and SHA-256 of every other file.
+optimizer.safetensors (AdamW's moments as ``m.<tensor>`` and ``v.<tensor>``), state.json, the tokenizer's files
+where it is known, and checkpoint.json, written last, with the size and SHA-256 of every other file.
 """
 
 from __future__ import annotations
@@ -10,27 +10,31 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anellm import safeio
-from anellm.errors import CheckpointError, NonFiniteError
-from anellm.weights_hf import write_safetensors
+from anellm import safeio, saferead
+from anellm.errors import CheckpointError, DataError, NonFiniteError
+from anellm.weights_hf import read_header, write_safetensors
 
 if TYPE_CHECKING:
     from anellm.model import Model
 
 FORMAT = 1
 MANIFEST, STATE, BEST = "checkpoint.json", "state.json", "best.json"
-MODEL, MODEL_CONFIG, OPTIMIZER, TOKENIZER = "model.safetensors", "config.json", "optimizer.safetensors", "tokenizer.bin"
+MODEL, MODEL_CONFIG, OPTIMIZER = "model.safetensors", "config.json", "optimizer.safetensors"
 _REQUIRED = {MODEL, MODEL_CONFIG, OPTIMIZER, STATE}
-_STEP_DIR = re.compile(r"step_(\d{8,})")
+STEP_DIR = re.compile(r"step_([0-9]{8,15})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 4 << 20
 _FINITE_CHUNK = 1 << 20
+_SHOWN = 100  # characters of a value in a message
 
 
 def step_dir(run_dir: Path, step: int) -> Path:
@@ -42,8 +46,9 @@ def list_steps(run_dir: Path) -> list[int]:
     """Return the steps that have a checkpoint directory, ascending; whether they are whole is verify()'s business."""
     if not run_dir.is_dir():
         return []
-    found = (_STEP_DIR.fullmatch(p.name) for p in run_dir.iterdir() if p.is_dir() and not p.is_symlink())
-    return sorted(int(m[1]) for m in found if m)
+    found = (STEP_DIR.fullmatch(p.name) for p in run_dir.iterdir() if p.is_dir() and not p.is_symlink())
+    steps = (int(m[1]) for m in found if m and m[0] == step_dir(run_dir, int(m[1])).name)
+    return sorted(steps)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -57,7 +62,9 @@ def _check_finite(tensors: Mapping[str, np.ndarray[Any, Any]], what: str) -> Non
                 raise NonFiniteError(f"{what} {name} holds inf or NaN: not saved")
 
 
-def save(run_dir: Path, step: int, model: Model, state: Mapping[str, Any], tokenizer: bytes | None = None) -> Path:
+def save(
+    run_dir: Path, step: int, model: Model, state: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
+) -> Path:
     """Write the checkpoint of a step: complete and synced under its name, or not there at all.
 
     Args:
@@ -65,7 +72,7 @@ def save(run_dir: Path, step: int, model: Model, state: Mapping[str, Any], token
         step: updates done.
         model: a model with training enabled.
         state: what state.json holds, JSON-serialisable.
-        tokenizer: content of tokenizer.bin, where it is known.
+        tokenizer: content of the tokenizer's files by name, where it is known; see BaseTokenizer.files().
 
     Returns:
         The checkpoint's directory.
@@ -86,19 +93,29 @@ def save(run_dir: Path, step: int, model: Model, state: Mapping[str, Any], token
         with folder.file(OPTIMIZER) as file:
             write_safetensors(file, moments)
         folder.write_bytes(STATE, safeio.json_bytes(state))
-        if tokenizer is not None:
-            folder.write_bytes(TOKENIZER, tokenizer)
+        for name, content in (tokenizer or {}).items():
+            folder.write_bytes(name, content)
         folder.write_bytes(MANIFEST, safeio.json_bytes({"format": FORMAT, "step": step, "files": dict(folder.files)}))
     return target
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int, best_step: int | None) -> list[int]:
+def prune(
+    run_dir: Path, keep_last: int, keep_every: int, best_step: int | None, newest: int | None = None
+) -> list[int]:
     """Remove the checkpoints that the retention rule gives up, and return their steps.
 
     Kept are the newest ``keep_last``, every step that is a multiple of ``keep_every`` (0: none for that reason), and
     the best.
+
+    Args:
+        run_dir: the run directory.
+        keep_last: at least 1.
+        keep_every: steps; 0 keeps none for that reason.
+        best_step: the step of the best, or None.
+        newest: the newest that is known to be whole. Later ones are damaged: they neither count nor go. None counts
+            all.
     """
-    steps = list_steps(run_dir)
+    steps = [step for step in list_steps(run_dir) if newest is None or step <= newest]
     keep = set(steps[-keep_last:])
     if best_step is not None:
         keep.add(best_step)
@@ -118,7 +135,7 @@ def write_best(run_dir: Path, step: int, val_loss: float) -> None:
 def read_best(run_dir: Path) -> int | None:
     """Return the step of the best checkpoint, or None when there is no usable note of it."""
     try:
-        step = safeio.read_json(run_dir / BEST, CheckpointError).get("step")
+        step = saferead.read_json(run_dir / BEST, CheckpointError).get("step")
     except CheckpointError:
         return None
     return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
@@ -127,20 +144,63 @@ def read_best(run_dir: Path) -> int | None:
 # ---- verifying and finding ---------------------------------------------------------------------------------------
 
 
-def _digest(path: Path, size: Any) -> str:
-    """Return the SHA-256 of a regular file of a known size.
-
-    Raises:
-        CheckpointError: when it is missing, not a regular file, or of another size.
-    """
-    with safeio.open_regular(path, CheckpointError) as file:
+def _digest(path: Path, size: int) -> str:
+    """Return a file's SHA-256 after checking its size."""
+    with saferead.open_regular(path, CheckpointError) as file:
         found = os.fstat(file.fileno()).st_size
         if found != size:
             raise CheckpointError(f"{path}: size: expected {size} bytes by {MANIFEST}, found {found}")
         digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        try:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}") from None
     return digest.hexdigest()
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _read_manifest(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Return the step and the files that a checkpoint.json names, checked."""
+    manifest = saferead.read_json(path, CheckpointError)
+
+    def bad(field: str, expected: str, found: object) -> CheckpointError:
+        return CheckpointError(f"{path}: {field}: expected {expected}, found {_shown(found)}")
+
+    if not _is_count(manifest.get("format")) or manifest["format"] != FORMAT:
+        raise bad("format", str(FORMAT), manifest.get("format"))
+    if manifest.keys() != {"format", "step", "files"}:
+        raise bad("content", "format, step and files", ", ".join(sorted(manifest)))
+    step, files = manifest["step"], manifest["files"]
+    if not _is_count(step):
+        raise bad("step", "a number of at least 0", step)
+    named = STEP_DIR.fullmatch(path.parent.name)
+    if named and int(named[1]) != step:
+        raise bad("step", f"{int(named[1])} by its folder's name", step)
+    if not isinstance(files, dict) or not files.keys() >= _REQUIRED:
+        raise bad("files", f"an object with {', '.join(sorted(_REQUIRED))}", files)
+    for name, entry in files.items():
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise bad("files", "plain names", name)
+        if not _is_entry(entry):
+            raise bad(f"files: {name}", "a size in bytes and a sha256 of 64 digits", entry)
+    return step, files
+
+
+def _is_entry(entry: object) -> bool:
+    """Return whether this is what the manifest says about one file."""
+    if not isinstance(entry, dict) or entry.keys() != {"size", "sha256"}:
+        return False
+    digest = entry["sha256"]
+    return _is_count(entry["size"]) and isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def verify(path: Path) -> int:
@@ -148,31 +208,18 @@ def verify(path: Path) -> int:
 
     Raises:
         CheckpointError: naming the file, what was expected and what was found.
+        OSError: when the system cannot read it now, e.g. for want of file descriptors.
     """
-    manifest = safeio.read_json(path / MANIFEST, CheckpointError)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST}: format: expected {FORMAT}, found {manifest.get('format')!r}")
-    step, files = manifest.get("step"), manifest.get("files")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise CheckpointError(f"{path / MANIFEST}: step: expected a number of at least 0, found {step!r}")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise CheckpointError(f"{path / MANIFEST}: files: expected an object of objects")
-    missing = sorted(_REQUIRED - files.keys())
-    if missing:
-        raise CheckpointError(f"{path / MANIFEST}: files: {missing[0]} is missing")
+    step, files = _read_manifest(path / MANIFEST)
     for name, entry in files.items():
-        if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise CheckpointError(f"{path / MANIFEST}: files: expected plain names, found {name!r}")
-        found = _digest(path / name, entry.get("size"))
-        if found != entry.get("sha256"):
-            raise CheckpointError(
-                f"{path / name}: SHA-256: expected {entry.get('sha256')} by {MANIFEST}, found {found}"
-            )
+        found = _digest(path / name, entry["size"])
+        if found != entry["sha256"]:
+            raise CheckpointError(f"{path / name}: SHA-256: expected {entry['sha256']} by {MANIFEST}, found {found}")
     return step
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint directory verifies."""
+    """Return whether a checkpoint directory verifies; see verify()."""
     try:
         verify(path)
     except CheckpointError:
@@ -180,10 +227,26 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def find_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run that verifies, or None when there is none."""
-    candidates = (step_dir(run_dir, step) for step in reversed(list_steps(run_dir)))
-    return next((path for path in candidates if is_whole(path)), None)
+def find_checkpoint(run_dir: Path, damaged: list[str] | None = None) -> Path | None:
+    """Return the newest checkpoint of a run that verifies, or None when there is none.
+
+    Args:
+        run_dir: the run directory.
+        damaged: takes the reason for each newer one that was passed over.
+
+    Raises:
+        OSError: when the system cannot read one now: it is not called damaged for that.
+    """
+    for step in reversed(list_steps(run_dir)):
+        path = step_dir(run_dir, step)
+        try:
+            verify(path)
+        except CheckpointError as error:
+            if damaged is not None:
+                damaged.append(str(error))
+        else:
+            return path
+    return None
 
 
 def resolve_model_path(path: str | Path) -> Path:
@@ -232,42 +295,60 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: naming the file, what was expected and what was found.
     """
     step = verify(path)
-    return Checkpoint(path, step, safeio.read_json(path / STATE, CheckpointError))
+    return Checkpoint(path, step, saferead.read_json(path / STATE, CheckpointError))
 
 
-def _tensors(path: Path, expected: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Yield the tensors of a safetensors file, after checking that they are the expected ones."""
-    from safetensors import SafetensorError, safe_open
-
+def _load(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Read a safetensors file into arrays; it must hold these and no others, as finite fp32."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = set(file.keys())
-            if names != expected.keys():
-                wrong = min(names ^ expected.keys())
-                raise CheckpointError(f"{path}: tensors: expected the model's, found {wrong!r} on one side only")
-            for name, array in expected.items():
-                found = file.get_slice(name)
-                if found.get_dtype() != "F32" or tuple(found.get_shape()) != array.shape:
-                    raise CheckpointError(
-                        f"{path}: {name}: expected F32 {array.shape}, "
-                        f"found {found.get_dtype()} {tuple(found.get_shape())}"
-                    )
-            for name in expected:
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        entries = read_header(path)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    if entries.keys() != arrays.keys():
+        wrong = min(entries.keys() ^ arrays.keys())
+        raise CheckpointError(f"{path}: tensors: expected the model's, found {_shown(wrong)} on one side only")
+    for name, array in arrays.items():
+        entry = entries[name]
+        if entry.dtype != "F32" or entry.shape != array.shape:
+            raise CheckpointError(
+                f"{path}: {name}: expected F32 {array.shape}, found {entry.dtype} {_shown(entry.shape)}"
+            )
+    with saferead.open_regular(path, CheckpointError) as file:
+        for name, array in arrays.items():
+            file.seek(entries[name].begin)
+            _fill(file, array, f"{path}: {name}")
+            low, what = (0.0, "at least 0") if name.startswith("v.") else (-np.inf, "finite")
+            flat = array.reshape(-1)
+            for start in range(0, flat.size, _FINITE_CHUNK):
+                chunk = flat[start : start + _FINITE_CHUNK]
+                wrong_ones = ~np.isfinite(chunk) | (chunk < low)
+                if wrong_ones.any():
+                    at = int(wrong_ones.argmax())
+                    raise CheckpointError(f"{path}: {name}: expected {what}, found {chunk[at]} at index {start + at}")
+
+
+def _fill(file: FileIO, array: np.ndarray[Any, Any], what: str) -> None:
+    """Read an array's bytes from where a file stands."""
+    view = memoryview(array).cast("B")  # type: ignore[arg-type]
+    while view:
+        try:
+            n = file.readinto(view[:_CHUNK])
+        except OSError as error:
+            raise CheckpointError(f"{what}: {error.strerror or error}") from None
+        if not n:
+            raise CheckpointError(f"{what}: expected {len(view)} more bytes, found the file's end")
+        view = view[n:]
 
 
 def load_tensors(checkpoint: Checkpoint, model: Model) -> None:
     """Copy a checkpoint's weights and moments into a model of the same shape with training enabled.
 
     Raises:
-        CheckpointError: when the checkpoint is of another shape; the model may then be partly overwritten.
+        CheckpointError: when the checkpoint is of another shape or holds what no training gives (inf, NaN, a negative
+            second moment); the model may then be partly overwritten.
     """
     moments = {f"m.{name}": array for name, array in model.moments_m.items()}
     moments |= {f"v.{name}": array for name, array in model.moments_v.items()}
-    for name, array in _tensors(checkpoint.path / MODEL, model.params):
-        model.params[name][...] = array
-    for name, array in _tensors(checkpoint.path / OPTIMIZER, moments):
-        moments[name][...] = array
+    _load(checkpoint.path / MODEL, model.params)
+    _load(checkpoint.path / OPTIMIZER, moments)
     model.weights_changed()

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from anellm.device import environment_threads
 from anellm.errors import AnellmError, ConfigError
 from anellm.options import MANY_CHOICES, OptionField, convert_text, describe, from_mapping, nearest, option_fields
+from anellm.saferead import read_toml
 
 C = TypeVar("C")
 Base = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -43,12 +43,16 @@ EXIT_INTERRUPTED = 130
 _EXIT_FILE = 4
 _EXIT_MEMORY = 5
 _EXIT_BROKEN_PIPE = 141
+_LONGEST_MESSAGE = 2000  # characters: what a file holds may be longer
 
 # Verb -> (module, one line). `anellm VERB` imports the module and calls its main().
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("anellm.train", "train a model on text; with no arguments, a small one on the text that comes along"),
     "evaluate": ("anellm.evaluate", "measure a model's loss and perplexity on text"),
     "generate": ("anellm.generate", "write text with a model"),
+    "convert": ("anellm.convert", "write a model in another format, read it back and compare"),
+    "bench": ("anellm.bench", "measure speed and memory, and compare with what else is installed"),
+    "prepare": ("anellm.prepare", "turn text into shards of tokens, with any tokenizer or one that is learnt"),
     "info": ("anellm.info", "show the device, the CPU variant and the versions in use"),
 }
 
@@ -77,12 +81,17 @@ def build_parser(cls: type, name: str, summary: str) -> argparse.ArgumentParser:
         if item.kind is bool:
             group.add_argument(item.flag, dest=item.name, action=argparse.BooleanOptionalAction, help=text)
             continue
-        if item.default is not None and item.default != "":
+        if item.default is not None and item.default not in ("", ()):
             text += f" [{item.default}]"
+        if item.kind is tuple:
+            group.add_argument(item.name, nargs="*", metavar=item.flag, help=text)
+            continue
         metavar = {int: "N", float: "X", str: "TEXT"}[item.kind]
         if opt.choices is not None and len(opt.choices) <= MANY_CHOICES:
             metavar = "|".join(opt.choices)
-        if opt.bare is not None:
+        if opt.positional:
+            group.add_argument(item.name, nargs="?", metavar=item.flag, help=text)
+        elif opt.bare is not None:
             group.add_argument(item.flag, dest=item.name, nargs="?", const=opt.bare, metavar=metavar, help=text)
         else:
             group.add_argument(item.flag, dest=item.name, metavar=metavar, help=text)
@@ -105,11 +114,11 @@ def read_config_file(cls: type, path: str) -> dict[str, Any]:
         ConfigError: naming the file and the key, on unreadable TOML, an unknown key or an impossible value.
     """
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = read_toml(Path(path), ConfigError, follow=True)
+    except ConfigError as error:
+        raise ConfigError(f"--config {error}") from None
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"--config {path}: not a TOML file: {error}") from None
     return from_mapping(cls, data, path)
 
 
@@ -128,8 +137,9 @@ def parse(cls: type[C], argv: Sequence[str], name: str = "", summary: str = "", 
         SystemExit: after printing ``--help``.
     """
     parser = build_parser(cls, name, summary)
-    spaces, extra = parser.parse_known_args(list(argv))
-    flags = vars(spaces)
+    # "Intermixed" takes words before, between and after flags; a list of none is as good as not given.
+    spaces, extra = parser.parse_known_intermixed_args(list(argv))
+    flags = {key: value for key, value in vars(spaces).items() if value != []}
     if extra:
         _refuse_extra(parser, extra[0])
     fields = {item.name: item for item in option_fields(cls)}
@@ -216,6 +226,7 @@ def guarded(prog: str, body: Callable[[], int]) -> int:
         if os.environ.get("ANELLM_DEBUG") == "1":
             raise
         code, message = _describe_error(error)
+        message = message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "..."
     else:
         return code
     print(f"{prog}: error: {message}" if code != EXIT_INTERRUPTED else f"{prog}: {message}", file=sys.stderr)

@@ -225,14 +225,27 @@ class TrainConfig(CommonOptions):
         None, "start from the weights of a model file, Hugging Face directory or run", group="model"
     )
 
-    data: str | None = option(None, "text file or raw token file [the text that comes along]", group="data")
-    val_data: str | None = option(None, "held-out text or token file [a part of the data]", group="data")
-    val_fraction: float = option(
-        0.05, "part of the data held out when --val-data is not given", low=0, high=0.5, group="data"
+    data: str | None = option(
+        None, "text (.txt), JSONL or token file, folder or pattern [the text that comes along]", group="data"
     )
-    tokenizer: str | None = option(None, "tokenizer.bin [the one that comes along, for its text]", group="data")
+    val_data: str | None = option(
+        None,
+        "held-out data of the same kinds [held-out files in the folder of --data, else a part of it]",
+        group="data",
+    )
+    val_fraction: float = option(
+        0.05, "part of the data held out when there is no held-out data", low=0, high=0.5, group="data"
+    )
+    tokenizer: str | None = option(
+        None,
+        "tokenizer.bin, tokenizer.json or .model [beside --model, in --data, else learnt from the text]",
+        group="data",
+    )
     token_dtype: str = option(
-        "uint16", "type of the ids in a raw token file", choices=("uint16", "int32", "uint32"), group="data"
+        "uint16",
+        "type of the ids in a token file without a header",
+        choices=("uint16", "int32", "uint32"),
+        group="data",
     )
     window_order: str = option(
         "epoch",
@@ -248,6 +261,9 @@ class TrainConfig(CommonOptions):
         bare="auto",
         group="run",
         flag_only=True,
+    )
+    allow_changed_data: bool = option(
+        False, "with --resume: go on with other data or another tokenizer than before", group="run", flag_only=True
     )
     seed: int = option(1, "seed of weights, windows and samples", low=0, high=_MAX, group="run")
     steps: int | None = option(None, f"steps to train [{DEFAULT_STEPS}]", low=1, high=_MAX, group="run")
@@ -308,6 +324,9 @@ class TrainConfig(CommonOptions):
     log_interval: int = option(10, "steps between plain lines", low=1, group="output", flag_only=True)
     plain: bool = option(False, "plain lines, no live line", group="output", flag_only=True)
     quiet: bool = option(False, "print only the end and errors", group="output", flag_only=True)
+    profile: str | None = option(
+        None, "write where the time goes to this file, for ui.perfetto.dev", group="output", flag_only=True
+    )
     dry_run: bool = option(
         False, "print parameters, memory and FLOPs of a step, and stop", group="output", flag_only=True
     )
@@ -325,6 +344,6 @@ class TrainConfig(CommonOptions):
             raise ConfigError(f"--decay-steps: only for --schedule wsd, found --schedule {self.schedule}")
         if self.val_data is not None and self.data is None:
             raise ConfigError("--val-data: expected --data with it")
-        for name in ("model", "data", "val_data", "tokenizer", "out", "resume"):
+        for name in ("model", "data", "val_data", "tokenizer", "out", "resume", "profile"):
             if getattr(self, name) == "":
                 raise ConfigError(f"--{name.replace('_', '-')}: expected a path, found nothing")

@@ -1,4 +1,4 @@
-"""Token data: raw token files and text, split into training and held-out parts, drawn as windows."""
+"""Token data: token files and text, split into training and held-out parts, drawn as windows."""
 
 from __future__ import annotations
 
@@ -7,27 +7,21 @@ import stat
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from anellm.documents import read_jsonl
 from anellm.errors import DataError, InvalidError
 from anellm.tokenizer import Tokenizer
+from anellm.tokenizer_base import BaseTokenizer
+from anellm.tokens import CHUNK, TOKEN_DTYPES, Concatenated, TokenFile, Tokens, find_data, is_text, read_header
 from anellm.windows import SAMPLER_MODES, Rng, WindowSampler
-
-TOKEN_DTYPES: dict[str, np.dtype[Any]] = {
-    "uint16": np.dtype("<u2"),
-    "int32": np.dtype("<i4"),
-    "uint32": np.dtype("<u4"),
-}
 
 __all__ = ["SAMPLER_MODES", "TOKEN_DTYPES", "TokenDataset", "WindowSampler", "read_text"]
 
-Tokens = npt.NDArray[Any]
 Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
-_CHUNK = 1 << 20  # tokens looked at in one go, so that a scan of a large file needs little memory
 _MAX_ID = (1 << 31) - 1
 
 
@@ -36,11 +30,11 @@ class TokenDataset:
 
     def __init__(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Concatenated,
         *,
         source: str = "tokens",
         vocab_size: int | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: BaseTokenizer | None = None,
         first: int = 0,
         checked: bool = False,
     ) -> None:
@@ -76,49 +70,44 @@ class TokenDataset:
         path: str | Path,
         dtype: str = "uint16",
         vocab_size: int | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: BaseTokenizer | None = None,
+        part: str = "all",
     ) -> TokenDataset:
-        """Open a file of tokens, or read and encode a text.
+        """Open files of tokens, or read and encode text.
 
         Args:
-            path: a raw little-endian token file without a header, which is memory-mapped; or a UTF-8 text whose name
-                ends in ``.txt``, with ``<|endoftext|>`` between documents.
-            dtype: element type of a token file: "uint16", "int32" or "uint32".
+            path: a token file of any kind that tokens.py reads, which is memory-mapped; a UTF-8 text whose name ends
+                in ``.txt``, with ``<|endoftext|>`` between documents; JSONL (``.jsonl``) with a ``text`` a line; or a
+                folder or pattern of such files, which are taken one after the other as one run of tokens.
+            dtype: element type of a token file without a header: "uint16", "int32" or "uint32".
             vocab_size: every id must be below it; None takes the tokenizer's, if there is one.
-            tokenizer: needed for a text; for a token file, what it was made with, where that is known.
+            tokenizer: needed for text; for token files, what they were made with, where that is known.
+            part: what to take of a folder with held-out files: "train", "val" or "all"; see tokens.find_data().
 
         Raises:
-            DataError: if the file is missing, empty, of odd size, not UTF-8, looks like another dtype, or holds an id
-                outside the vocabulary; naming file, position, expected and found.
-            InvalidError: on an unknown dtype, or a text without a tokenizer.
+            DataError: if a file is missing, empty, damaged, of odd size, not UTF-8, looks like another dtype, was made
+                with another tokenizer, or holds an id outside the vocabulary; naming file, position, expected and
+                found.
+            InvalidError: on an unknown dtype, or text without a tokenizer.
         """
-        path = Path(path)
         if dtype not in TOKEN_DTYPES:
             raise InvalidError(f"token dtype: expected one of {', '.join(TOKEN_DTYPES)}, found {dtype!r}")
-        try:
-            info = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: cannot open the data: {error.strerror or error}") from error
-        if not stat.S_ISREG(info.st_mode):
-            raise DataError(f"{path}: expected a data file, found something that is not a plain file")
-        if info.st_size == 0:
-            raise DataError(f"{path}: expected tokens or text, found an empty file")
-        if path.suffix.lower() == ".txt":
-            if tokenizer is None:
-                raise InvalidError(f"{path}: a text needs a tokenizer; give one, or a file of tokens")
-            tokens = tokenizer.encode_documents(read_text(path))
-            return cls(tokens, source=str(path), vocab_size=vocab_size, tokenizer=tokenizer)
-        kind = TOKEN_DTYPES[dtype]
-        if info.st_size % kind.itemsize:
-            raise DataError(
-                f"{path}: expected a multiple of {kind.itemsize} bytes ({dtype} tokens), found {info.st_size} bytes"
-            )
-        tokens = np.memmap(path, dtype=kind, mode="r")
-        if dtype == "uint16" and tokens.size % 2 == 0 and not _any_nonzero(tokens[1::2]):
-            raise DataError(
-                f"{path}: every second uint16 is zero, so the file looks like int32 tokens: use --token-dtype int32"
-            )
-        return cls(tokens, source=str(path), vocab_size=vocab_size, tokenizer=tokenizer)
+        files = find_data(path, part)
+        limit = tokenizer.vocab_size if vocab_size is None and tokenizer is not None else vocab_size
+        parts = [
+            _read_text_file(file, limit, tokenizer)
+            if is_text(_plain(file))
+            else _open_token_file(read_header(file, dtype), dtype, limit, tokenizer)
+            for file in files
+        ]
+        for file, tokens in zip(files, parts, strict=True):
+            if tokens.dtype != parts[0].dtype:
+                raise DataError(f"{file}: dtype: expected {parts[0].dtype}, as {files[0]} has, found {tokens.dtype}")
+        parts = [tokens for tokens in parts if tokens.size]
+        if not parts:
+            raise DataError(f"{path}: expected at least one token, found none")
+        joined = parts[0] if len(parts) == 1 else Concatenated(parts)
+        return cls(joined, source=str(path), vocab_size=vocab_size, tokenizer=tokenizer, checked=True)
 
     @classmethod
     def shipped(cls) -> TokenDataset:
@@ -136,8 +125,8 @@ class TokenDataset:
             DataError: naming source, position, id and vocab_size.
         """
         limit = _MAX_ID + 1 if vocab_size is None else vocab_size
-        for begin in range(0, self.n_tokens, _CHUNK):
-            chunk = self.tokens[begin : begin + _CHUNK]
+        for begin in range(0, self.n_tokens, CHUNK):
+            chunk = self.tokens[begin : begin + CHUNK]
             if int(chunk.max()) < limit and int(chunk.min()) >= 0:
                 continue
             at = int(np.argmax((chunk < 0) | (chunk >= limit)))
@@ -176,10 +165,10 @@ class TokenDataset:
         if self.tokenizer is None:
             return None
         total = 0
-        for begin in range(0, self.n_tokens, _CHUNK):
+        for begin in range(0, self.n_tokens, CHUNK):
             # One token of overlap, taken off again: whether a leading space counts depends on the token before.
             head = self.tokens[max(0, begin - 1) : begin]
-            total += self.tokenizer.count_bytes(self.tokens[max(0, begin - 1) : begin + _CHUNK])
+            total += self.tokenizer.count_bytes(self.tokens[max(0, begin - 1) : begin + CHUNK])
             total -= self.tokenizer.count_bytes(head)
         return total
 
@@ -199,8 +188,8 @@ class TokenDataset:
     def sha256(self) -> str:
         """Return the SHA-256 of the tokens as they are stored, in hexadecimal."""
         digest = hashlib.sha256()
-        for begin in range(0, self.n_tokens, _CHUNK):
-            digest.update(np.ascontiguousarray(self.tokens[begin : begin + _CHUNK]).data)
+        for begin in range(0, self.n_tokens, CHUNK):
+            digest.update(np.ascontiguousarray(self.tokens[begin : begin + CHUNK]).data)
         return digest.hexdigest()
 
     def split(
@@ -234,8 +223,9 @@ class TokenDataset:
         return self._part(0, self.n_tokens - val_tokens), self._part(self.n_tokens - val_tokens, self.n_tokens)
 
     def _part(self, begin: int, end: int) -> TokenDataset:
+        whole = self.tokens
         return TokenDataset(
-            self.tokens[begin:end],
+            whole.part(begin, end) if isinstance(whole, Concatenated) else whole[begin:end],
             source=self.source,
             vocab_size=self.vocab_size,
             tokenizer=self.tokenizer,
@@ -357,5 +347,49 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def _plain(path: Path) -> Path:
+    """Return a path after checking that a plain file is there, which is not empty."""
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot open the data: {error.strerror or error}") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise DataError(f"{path}: expected a data file, found something that is not a plain file")
+    if info.st_size == 0:
+        raise DataError(f"{path}: expected tokens or text, found an empty file")
+    return path
+
+
+def _read_text_file(path: Path, vocab_size: int | None, tokenizer: BaseTokenizer | None) -> Tokens:
+    """Read and encode a text or JSONL file."""
+    if tokenizer is None:
+        raise InvalidError(f"{path}: a text needs a tokenizer; give one, or a file of tokens")
+    if path.suffix.lower() == ".txt":
+        tokens = tokenizer.encode_documents(read_text(path))
+    else:
+        tokens = tokenizer.encode_each(read_jsonl(path))
+    if tokens.size:
+        TokenDataset(tokens, source=str(path), vocab_size=vocab_size)
+    return tokens
+
+
+def _open_token_file(file: TokenFile, dtype: str, vocab_size: int | None, tokenizer: BaseTokenizer | None) -> Tokens:
+    """Map a token file into memory, and check it against the tokenizer and the vocabulary."""
+    if tokenizer is not None and file.tokenizer_sha256 not in (None, tokenizer.sha256):
+        raise DataError(
+            f"{file.path}: tokenizer: expected SHA-256 {file.tokenizer_sha256}, with which it was made, "
+            f"found {tokenizer.sha256} ({tokenizer.source})"
+        )
+    if vocab_size is not None and file.vocab_size is not None and file.vocab_size > vocab_size:
+        raise DataError(f"{file.path}: vocab_size: expected at most {vocab_size}, found {file.vocab_size}")
+    tokens = file.open()
+    if not file.offset and dtype == "uint16" and tokens.size % 2 == 0 and not _any_nonzero(tokens[1::2]):
+        raise DataError(
+            f"{file.path}: every second uint16 is zero, so the file looks like int32 tokens: use --token-dtype int32"
+        )
+    TokenDataset(tokens, source=str(file.path), vocab_size=file.vocab_size or vocab_size)
+    return tokens
+
+
 def _any_nonzero(tokens: Tokens) -> bool:
-    return any(bool(tokens[begin : begin + _CHUNK].any()) for begin in range(0, tokens.size, _CHUNK))
+    return any(bool(tokens[begin : begin + CHUNK].any()) for begin in range(0, tokens.size, CHUNK))

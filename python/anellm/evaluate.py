@@ -24,11 +24,20 @@ _LONGEST_DEFAULT = 1024  # windows are not longer than this unless asked for: at
 class EvaluateConfig(CommonOptions):
     """The options of ``evaluate``."""
 
-    model: str | None = option(None, "run, checkpoint or Hugging Face directory, or llama2.c .bin file", group="model")
-    tokenizer: str | None = option(None, "tokenizer.bin [the one beside the model]", group="model")
-    data: str | None = option(None, "raw token file, or UTF-8 text that ends in .txt", group="data")
+    model: str | None = option(
+        None, "run, checkpoint or Hugging Face directory, llama2.c .bin or GGUF file", group="model"
+    )
+    tokenizer: str | None = option(
+        None, "tokenizer.bin, tokenizer.json or .model [the one beside the model]", group="model"
+    )
+    data: str | None = option(
+        None, "text (.txt), JSONL or token file, folder or pattern; of a folder, its held-out files", group="data"
+    )
     token_dtype: str = option(
-        "uint16", "type of the ids in a raw token file", choices=("uint16", "int32", "uint32"), group="data"
+        "uint16",
+        "type of the ids in a token file without a header",
+        choices=("uint16", "int32", "uint32"),
+        group="data",
     )
     seq_len: int | None = option(
         None, f"tokens in a window [the model's longest, at most {_LONGEST_DEFAULT}]", low=1, high=2**24, group="data"
@@ -65,7 +74,7 @@ def run(config: EvaluateConfig) -> Result:
     if seq_len > longest:
         raise ConfigError(f"--seq-len: expected at most the model's max_seq_len {longest}, found {seq_len}")
     tokenizer = load_tokenizer(config.model, shape, config.tokenizer)
-    data = TokenDataset.from_file(config.data, config.token_dtype, shape.vocab_size, tokenizer)
+    data = TokenDataset.from_file(config.data, config.token_dtype, shape.vocab_size, tokenizer, "val")
     check_fits(memory(shape, config.batch_size, seq_len, training=False))
     model = Model.from_pretrained(config.model, device=config.device)
     show = _show(data.n_eval_windows(seq_len, config.max_windows or None))

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anellm.cli import Result, Verb
+from anellm.compress import WEIGHTS, Weights
 from anellm.data import read_text
 from anellm.device import set_threads
 from anellm.errors import ConfigError, DataError
@@ -17,7 +18,7 @@ from anellm.inputs import check_fits
 from anellm.model import Model, memory
 from anellm.options import CommonOptions, option
 from anellm.sample import Sampling, StopText, generate_stream
-from anellm.tokenizer import Tokenizer
+from anellm.tokenizer_base import BaseTokenizer
 from anellm.weights import load_pretrained, load_tokenizer
 
 _MAX_SEED = 2**63 - 1
@@ -27,8 +28,18 @@ _MAX_SEED = 2**63 - 1
 class GenerateConfig(CommonOptions):
     """The options of ``generate``."""
 
-    model: str | None = option(None, "run, checkpoint or Hugging Face directory, or llama2.c .bin file", group="model")
-    tokenizer: str | None = option(None, "tokenizer.bin [the one beside the model]", group="model")
+    model: str | None = option(
+        None, "run, checkpoint or Hugging Face directory, llama2.c .bin or GGUF file", group="model"
+    )
+    tokenizer: str | None = option(
+        None, "tokenizer.bin, tokenizer.json or .model [the one beside the model]", group="model"
+    )
+    weights: str = option(
+        "fp32",
+        "format of the weights in memory: bf16 (half) and int8 (a quarter) are faster, less exact",
+        choices=WEIGHTS,
+        group="model",
+    )
     prompt: str = option("", "text to write on from", group="text")
     prompt_file: str | None = option(None, "read the prompt from this UTF-8 file, to its last byte", group="text")
     max_new_tokens: int = option(200, "longest text, without the prompt", low=0, high=2**31 - 1, group="text")
@@ -48,7 +59,7 @@ class GenerateConfig(CommonOptions):
 
 def write_one(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: BaseTokenizer,
     prompt: list[int],
     config: GenerateConfig,
     index: int,
@@ -61,10 +72,14 @@ def write_one(
         decoder.feed(token)
     gate = StopText(config.stop, show)
     ids: list[int] = []
-    stop_ids = (tokenizer.bos_id, tokenizer.eos_id)
-    n_tokens = tokenizer.vocab_size
     stream = generate_stream(
-        model, prompt, config.max_new_tokens, sampling, stop_ids=stop_ids, sample_index=index, vocab_size=n_tokens
+        model,
+        prompt,
+        config.max_new_tokens,
+        sampling,
+        stop_ids=tokenizer.stop_ids,
+        sample_index=index,
+        vocab_size=tokenizer.vocab_size,
     )
     for token in stream:
         ids.append(token)
@@ -102,14 +117,16 @@ def run(config: GenerateConfig) -> Result:
     shape = load_pretrained(config.model).config
     tokenizer = load_tokenizer(config.model, shape, config.tokenizer)
     if tokenizer is None:
-        raise DataError(f"{config.model}: expected a tokenizer.bin beside it, found none: name one with --tokenizer")
-    ids = tokenizer.encode(prompt)
+        raise DataError(f"{config.model}: expected a tokenizer beside it, found none: name one with --tokenizer")
+    ids = tokenizer.encode_prompt(prompt)
     if len(ids) > shape.max_seq_len:
         raise ConfigError(
             f"prompt: expected at most the model's max_seq_len {shape.max_seq_len} tokens, found {len(ids)}"
         )
     check_fits(memory(shape, 1, len(ids), training=False))
     model = Model.from_pretrained(config.model, device=config.device)
+    if config.weights != "fp32":
+        model.compress(cast("Weights", config.weights), release=True)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets '?', not an error
     samples: list[dict[str, Any]] = []
@@ -123,11 +140,12 @@ def run(config: GenerateConfig) -> Result:
         _show("\n" if config.stream else f"{prompt}{samples[-1]['text']}\n")
     seconds = time.perf_counter() - start
     count = sum(len(sample["ids"]) for sample in samples)
-    note = f"{count} tokens in {seconds:.2f} s, {count / max(seconds, 1e-9):.0f} tokens/s"
+    note = f"{count} tokens in {seconds:.2f} s, {count / max(seconds, 1e-9):.0f} tokens/s, {config.weights} weights"
     if any(sample["finish_reason"] == "context" for sample in samples):
         note += f"; stopped where the model's context of {shape.max_seq_len} tokens was full"
     print(note, file=sys.stderr)
-    values = {**samples[0], "prompt": prompt, "model": config.model, "seed": config.seed, "seconds": seconds}
+    values = {**samples[0], "prompt": prompt, "model": config.model, "weights": config.weights, "seed": config.seed}
+    values["seconds"] = seconds
     return Result({**values, "samples": samples} if config.num_samples > 1 else values)
 
 

@@ -3,51 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from anellm import checkpoint, safeio
+from anellm import checkpoint, tokens
+from anellm.bpe_trainer import train_bpe_on
 from anellm.config import ModelConfig, TrainConfig
 from anellm.data import TokenDataset
+from anellm.documents import read_documents
 from anellm.errors import CheckpointError, DataError, OutOfMemoryError
 from anellm.machine import available_bytes, human_bytes, human_count
 from anellm.model import Memory, memory
-from anellm.tokenizer import Tokenizer
+from anellm.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer_file
+from anellm.tokenizer_base import BaseTokenizer
 from anellm.trainer import default_seq_len
-from anellm.weights import load_pretrained
+from anellm.weights import find_tokenizer, load_pretrained
 
 DEFAULT_PRESET = "tiny"
 
 
-def load_tokenizer(config: TrainConfig) -> Tokenizer | None:
-    """Return the tokenizer of a run: the one named, the shipped text's, or the one beside the model or checkpoint."""
+def load_tokenizer(config: TrainConfig, resumed: Path | None = None) -> BaseTokenizer | None:
+    """Return the tokenizer of a run.
+
+    That is the one named, the shipped text's for that text, the one beside the model, the checkpoint or the folder of
+    data, or one that is learnt from the text.
+
+    Args:
+        config: the options.
+        resumed: the checkpoint that training goes on from: its tokenizer stands in for a file that is gone.
+
+    Raises:
+        CheckpointError: when the one named is not the checkpoint's.
+    """
+    path = None if resumed is None else find_tokenizer(resumed)
+    kept = None if path is None else load_tokenizer_file(path)
+    if resumed is not None and (config.tokenizer is None or (kept is not None and not Path(config.tokenizer).exists())):
+        return kept if kept is not None or config.data is not None else Tokenizer.shipped()
+    found = _load_tokenizer(config)
+    if kept is not None and found is not None and found.sha256 != kept.sha256 and not config.allow_changed_data:
+        raise CheckpointError(
+            f"{path}: trained with another tokenizer: expected SHA-256 {kept.sha256}, found {found.sha256} "
+            f"({config.tokenizer}); --allow-changed-data goes on with it"
+        )
+    return found
+
+
+def _load_tokenizer(config: TrainConfig) -> BaseTokenizer | None:
     if config.tokenizer is not None:
-        return Tokenizer.from_file(config.tokenizer)
+        return load_tokenizer_file(config.tokenizer)
     if config.data is None:
         return Tokenizer.shipped()
     path = load_pretrained(config.model).tokenizer_path if config.model is not None else None
-    return None if path is None else Tokenizer.from_file(path)
+    if path is None and Path(config.data).is_dir():
+        path = find_tokenizer_file(Path(config.data))  # `anellm prepare` leaves it there
+    if path is not None:
+        return load_tokenizer_file(path)
+    files = tokens.find_data(config.data, "train")
+    if config.model is not None or not tokens.is_text(files[0]):
+        return None
+    tokenizer = train_bpe_on(text for file in files for text in read_documents(file))
+    if not config.quiet:
+        print(f"tokenizer  learnt from {config.data}, as none is given: {tokenizer.vocab_size} tokens", flush=True)
+    return tokenizer
 
 
-def model_config(config: TrainConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+def model_config(config: TrainConfig, tokenizer: BaseTokenizer | None, resumed: Path | None = None) -> ModelConfig:
     """Return the shape to train: the model file's, or the preset's with the tokenizer's vocabulary.
 
+    Args:
+        config: the options.
+        tokenizer: what the data is encoded with.
+        resumed: the checkpoint that training goes on from: its shape counts, and a model file need not be there.
+
     Raises:
+        CheckpointError: when the checkpoint is of another shape.
         DataError: when the model's vocabulary is smaller than the tokenizer's; names both.
     """
+    if resumed is None:
+        return _model_config(config, tokenizer)
+    shape = load_pretrained(resumed).config
+    if config.model is None or Path(config.model).exists():
+        check_resumed_shape(resumed, shape, _model_config(config, tokenizer))
+    return shape
+
+
+def _model_config(config: TrainConfig, tokenizer: BaseTokenizer | None) -> ModelConfig:
     if config.model is None:
         shape = ModelConfig.from_preset(config.preset or DEFAULT_PRESET)
         return shape if tokenizer is None else shape.replace(vocab_size=tokenizer.vocab_size)
     shape = load_pretrained(config.model).config
     if tokenizer is not None and tokenizer.vocab_size > shape.vocab_size:
         raise DataError(
-            f"{config.tokenizer or 'the shipped tokenizer'}: vocabulary: expected at most {shape.vocab_size} tokens, "
+            f"{tokenizer.source}: vocabulary: expected at most {shape.vocab_size} tokens, "
             f"as {config.model} has, found {tokenizer.vocab_size}"
         )
     return shape
 
 
 def load_data(
-    config: TrainConfig, shape: ModelConfig, tokenizer: Tokenizer | None
+    config: TrainConfig, shape: ModelConfig, tokenizer: BaseTokenizer | None
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """Return the training and held-out tokens; None when nothing is held out.
 
@@ -69,15 +123,18 @@ def load_data(
 
 
 def _open_data(
-    config: TrainConfig, vocab_size: int, tokenizer: Tokenizer | None
+    config: TrainConfig, vocab_size: int, tokenizer: BaseTokenizer | None
 ) -> tuple[TokenDataset, TokenDataset | None]:
     if config.data is None:
         data = TokenDataset.shipped()
         data.check_ids(vocab_size)
     else:
-        data = TokenDataset.from_file(config.data, config.token_dtype, vocab_size, tokenizer)
-    if config.val_data is not None:
-        return data, TokenDataset.from_file(config.val_data, config.token_dtype, vocab_size, tokenizer)
+        data = TokenDataset.from_file(config.data, config.token_dtype, vocab_size, tokenizer, "train")
+    held_out = config.val_data
+    if held_out is None and config.data is not None and tokens.has_held_out(config.data):
+        held_out = config.data
+    if held_out is not None:
+        return data, TokenDataset.from_file(held_out, config.token_dtype, vocab_size, tokenizer, "val")
     return data.split(val_fraction=config.val_fraction) if config.val_fraction > 0 else (data, None)
 
 
@@ -121,15 +178,14 @@ def check_fits(need: Memory) -> None:
         )
 
 
-def check_resumed_shape(found: checkpoint.Checkpoint, shape: ModelConfig) -> None:
+def check_resumed_shape(resumed: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
     """Refuse to resume a checkpoint of another shape.
 
     Raises:
         CheckpointError: naming the fields that differ.
     """
-    path = found.path / checkpoint.MODEL_CONFIG
-    saved = ModelConfig.from_hf(safeio.read_json(path, CheckpointError), str(path))
-    ours, theirs = shape.to_dict(), saved.to_dict()
+    ours, theirs = wanted.to_dict(), saved.to_dict()
     wrong = [f"{key}: expected {theirs[key]}, found {ours[key]}" for key in ours if ours[key] != theirs[key]]
     if wrong:
+        path = resumed / checkpoint.MODEL_CONFIG
         raise CheckpointError(f"{path}: another model's checkpoint: {'; '.join(wrong)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -9,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from anellm import safeio
+from anellm import safeio, saferead
+from anellm.errors import DataError
 
 NAME = "metrics.jsonl"
 _MIB = 1 << 20
+_MAX_LINE = 4 << 20  # a longer one is no record: what it takes to read a file does not grow with the file
+_MAX_STEP = 2**53
 
 
 def rss_mib() -> float:
@@ -38,30 +42,48 @@ class MetricsWriter:
         """Append one record; inf and NaN become null."""
         self._file.write(safeio.json_bytes(record, indent=None))
 
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        self._file.sync()
+
     def close(self) -> None:
         """Sync and close the file; calling it again does nothing."""
         self._file.close()
 
 
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a run; a line that a kill left unfinished is passed over."""
-    try:
-        file = (run_dir / NAME).open("rb")
-    except FileNotFoundError:
+    """Yield the records of a run; a line that a kill left unfinished is passed over.
+
+    Raises:
+        DataError: when metrics.jsonl is not a regular file.
+    """
+    for _, record in _lines(run_dir / NAME):
+        if record is not None:
+            yield record
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield each line with its record, None where it is none; nothing for a missing file."""
+    if not os.path.lexists(path):
         return
-    with file:
-        for line in file:
-            record = _parse(line)
-            if record is not None:
-                yield record
+    with io.BufferedReader(saferead.open_regular(path, DataError)) as file:
+        while line := file.readline(_MAX_LINE):
+            yield line, _parse(line)
+            while not line.endswith(b"\n") and (line := file.readline(_MAX_LINE)):
+                pass  # the rest of a line that is too long
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(text)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line) if line.endswith(b"\n") else None
+        record = json.loads(line, parse_constant=_refuse) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MAX_STEP else None
 
 
 def cut(run_dir: Path, last_step: int) -> int:
@@ -75,22 +97,15 @@ def cut(run_dir: Path, last_step: int) -> int:
 
     Returns:
         The number of lines dropped.
+
+    Raises:
+        DataError: when metrics.jsonl is not a regular file.
     """
     path = run_dir / NAME
-    try:
-        source = path.open("rb")
-    except FileNotFoundError:
-        return 0
-    dropped = 0
-    with source:
-        for line in source:
-            record = _parse(line)
-            dropped += record is None or record["step"] > last_step
-        if dropped:
-            source.seek(0)
-            with safeio.atomic_file(path) as target:
-                for line in source:
-                    record = _parse(line)
-                    if record is not None and record["step"] <= last_step:
-                        target.write(line)
+    dropped = sum(1 for _, record in _lines(path) if record is None or record["step"] > last_step)
+    if dropped:
+        with safeio.atomic_file(path) as target:
+            for line, record in _lines(path):
+                if record is not None and record["step"] <= last_step:
+                    target.write(line)
     return dropped

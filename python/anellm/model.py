@@ -10,6 +10,7 @@ import numpy as np
 
 from anellm import errors
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
+from anellm.compress import RemainingParams, Weights, weights_kind
 from anellm.config import ModelConfig
 from anellm.device import configure, resolve_device
 from anellm.sample import BOS_ID, EOS_ID, Sampling, TokenStream, generate_stream
@@ -163,6 +164,7 @@ class Model:
         self._handle = Handle(out[0], lib.anellm_model_free, "model")
         self.tensors = tensor_table(config)
         self.params = self._views(lib.anellm_model_params(self._pointer))
+        self.weights: Weights = "fp32"  # what decode() reads: see compress()
         self._training_views: list[Mapping[str, FloatArray]] | None = None
         if seed is not None:
             check(lib.anellm_model_init(self._pointer, seed, INIT_STD))
@@ -198,7 +200,7 @@ class Model:
         """Return the model of a file or directory; its tokenizer, if one lies there, is named by ``tokenizer_path``.
 
         Args:
-            path: a llama2.c v0 .bin file, a Hugging Face directory, a checkpoint, or the directory of a run.
+            path: a llama2.c .bin file, a GGUF file, a Hugging Face directory, a checkpoint, or the directory of a run.
             device: as for Model.
 
         Raises:
@@ -214,31 +216,68 @@ class Model:
         model.weights_changed()
         return model
 
-    def save_pretrained(self, path: str | Path, format: Literal["hf", "llama2c"] = "hf") -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        format: Literal["hf", "llama2c", "llama2c-v1"] = "hf",
+        *,
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        max_shard_bytes: int | None = None,
+    ) -> None:
         """Write the model so that from_pretrained() and other programs read it.
 
         Args:
-            path: a directory for "hf" (config.json and model.safetensors), a file for "llama2c".
-            format: "hf" or "llama2c" (the .bin file of version 0).
+            path: a directory for "hf" (config.json and model.safetensors), a file for the others.
+            format: "hf", "llama2c" (the .bin file of version 0) or "llama2c-v1" (of version 1).
+            dtype: what weights are rounded to, for "hf"; llama2.c files are fp32.
+            max_shard_bytes: tensor bytes in one file of "hf", at least 1; None: 5 GB.
 
         Raises:
-            InvalidError: on an unknown format, or a model that the format cannot express.
-            NonFiniteError: on inf or NaN among the weights; nothing is written.
+            InvalidError: on an unknown format or dtype, or a model that the format cannot express.
+            NonFiniteError: on inf or NaN among the weights, or a value that the dtype cannot hold; nothing is written.
         """
         from anellm import weights
 
         if format == "hf":
-            weights.save_hf(path, self.config, self.params)
-        elif format == "llama2c":
-            weights.save_llama2c(path, self.config, self.params)
-        else:
-            raise errors.InvalidError(f"format: expected hf or llama2c, found {format!r}")
+            weights.save_hf(path, self.config, self.params, dtype, max_shard_bytes)
+            return
+        if format not in weights.LLAMA2C_VERSIONS:
+            known = ", ".join(["hf", *weights.LLAMA2C_VERSIONS])
+            raise errors.InvalidError(f"format: expected one of {known}, found {format!r}")
+        if dtype != "float32" or max_shard_bytes is not None:
+            what = "dtype" if dtype != "float32" else "max_shard_bytes"
+            raise errors.InvalidError(f"{what}: format {format} is one file of float32; use hf")
+        weights.save_llama2c(path, self.config, self.params, weights.LLAMA2C_VERSIONS[format])
 
     # ---- parameters -----------------------------------------------------------------------------------------------
 
     def weights_changed(self) -> None:
         """Tell the model that its parameters were written to from outside; call it before the next forward()."""
         check(lib.anellm_model_weights_changed(self._pointer))
+
+    def compress(self, weights: Weights, *, release: bool = False) -> None:
+        """Make compressed copies of the weights that decode() reads: it is faster by as much as they are smaller.
+
+        Decoding with them is less exact; forward() still uses the fp32 weights. Copies follow weights_changed() and
+        the optimizer. Of a tied embedding the copy is looked up too; a separate one stays fp32.
+
+        Args:
+            weights: "bf16" (half the bytes; a weight is off by at most 1/256), "int8" (over a quarter; off by at
+                most 1/254 of the largest among the 64 of its group, along a row), "fp32" (drops the copies).
+            release: give the fp32 matrices back to the system. From then on the model can only decode: all else is
+                refused, reading a released matrix from ``params`` too. An array that was taken from ``params`` before
+                holds nothing of use any more.
+
+        Raises:
+            InvalidError: on an unknown format, ``release`` with "fp32", or a model whose weights were released.
+            OutOfMemoryError: when the system refuses the memory.
+        """
+        check(lib.anellm_model_compress(self._pointer, weights_kind(weights), int(release)))
+        self.weights = weights
+        if release:
+            tied = self.config.tie_embeddings
+            gone = frozenset(t.name for t in self.tensors if t.kind == "matrix" or (t.kind == "embedding" and tied))
+            self.params = RemainingParams(self.params, gone, weights)
 
     def enable_training(self) -> None:
         """Take memory for gradients and moments (zero). The first training forward() does it by itself."""

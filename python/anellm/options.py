@@ -36,6 +36,8 @@ class Option:
         bare: the value of the flag when it is given with no value; None when it needs one.
         group: the heading in ``--help``.
         flag_only: a flag that no config file carries (what a run shows, not what it is).
+        positional: given as a word of its own, with no flag before it: ``anellm bench step``. A field of type
+            ``tuple[str, ...]`` takes any number of words, and is always positional.
     """
 
     help: str
@@ -48,6 +50,7 @@ class Option:
     bare: str | None = None
     group: str = "options"
     flag_only: bool = False
+    positional: bool = False
 
 
 def option(default: Any, text: str, **details: Any) -> Any:
@@ -67,12 +70,22 @@ class OptionField:
 
     @property
     def flag(self) -> str:
-        """Return the flag, e.g. ``--batch-size``."""
-        return "--" + self.name.replace("_", "-")
+        """Return the flag, e.g. ``--batch-size``; for a positional option its name, e.g. ``WHAT``."""
+        name = self.name.replace("_", "-")
+        return name.upper() if self.option.positional or self.kind is tuple else "--" + name
+
+
+_fields: dict[type, tuple[OptionField, ...]] = {}  # what option_fields() found
 
 
 def option_fields(cls: type) -> tuple[OptionField, ...]:
     """Return the option fields of a config dataclass, in order."""
+    if cls not in _fields:
+        _fields[cls] = _option_fields(cls)
+    return _fields[cls]
+
+
+def _option_fields(cls: type) -> tuple[OptionField, ...]:
     hints = typing.get_type_hints(cls)
     found = []
     for item in dataclasses.fields(cls):
@@ -80,10 +93,10 @@ def option_fields(cls: type) -> tuple[OptionField, ...]:
             continue
         hint = hints[item.name]
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kinds = [p for p in parts if p is not type(None)]
-        if len(kinds) != 1 or kinds[0] not in (bool, int, float, str):
+        kinds = [tuple if p == tuple[str, ...] else p for p in parts if p is not type(None)]
+        if len(kinds) != 1 or kinds[0] not in (bool, int, float, str, tuple):
             raise TypeError(
-                f"{cls.__name__}.{item.name}: an option is a bool, int, float or str, or one of them or None"
+                f"{cls.__name__}.{item.name}: an option is a bool, int, float, str or tuple of str, or one or None"
             )
         found.append(OptionField(item.name, kinds[0], len(parts) > 1, item.default, item.metadata[_KEY]))
     return tuple(found)
@@ -111,7 +124,8 @@ def check_keys(keys: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 def _kind_name(item: OptionField) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[item.kind]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
+    return names[item.kind]
 
 
 def convert(item: OptionField, value: Any, where: str) -> Any:
@@ -123,6 +137,12 @@ def convert(item: OptionField, value: Any, where: str) -> Any:
     if value is None and item.optional:
         return None
     kind = item.kind
+    if kind is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+            raise ConfigError(f"{where}: expected {_kind_name(item)}, found {value!r}")
+        for word in value:
+            check_limits(item.option, word, where)
+        return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -131,12 +151,14 @@ def convert(item: OptionField, value: Any, where: str) -> Any:
     return value
 
 
-def convert_text(item: OptionField, text: str, where: str) -> Any:
-    """Return the text of a flag or environment variable as the field's type, within its limits.
+def convert_text(item: OptionField, text: Any, where: str) -> Any:
+    """Return the text (or words) of a flag or environment variable as the field's type, within its limits.
 
     Raises:
         ConfigError: naming where it stands, what was expected and what was found.
     """
+    if item.kind is tuple:
+        return convert(item, text, where)
     value: Any = text
     if item.kind is not str:
         try:
@@ -203,6 +225,8 @@ def _toml_value(value: Any) -> str:
             return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
         text = repr(value)
         return text if any(c in text for c in ".en") else text + ".0"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, str):
         return '"' + "".join(_toml_char(c) for c in value) + '"'
     raise TypeError(f"cannot write {type(value).__name__} as TOML")

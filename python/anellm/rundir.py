@@ -6,15 +6,16 @@ config.toml (the resolved options), manifest.json (versions, machine, command, d
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import sys
 import time
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from anellm import checkpoint, metrics, safeio
+from anellm import checkpoint, metrics, safeio, saferead
 from anellm.checkpoint import Checkpoint
 from anellm.config import TrainConfig
 from anellm.errors import CheckpointError, ConfigError
@@ -32,6 +33,7 @@ class RunDirectory:
         path: the directory.
         resumed: the checkpoint that training goes on from, or None.
         last_saved: the step of the checkpoint that holds the present state, or None.
+        damaged: why newer checkpoints than ``resumed`` were passed over.
     """
 
     def __init__(self, path: str | Path, resume: str | None = None) -> None:
@@ -45,13 +47,16 @@ class RunDirectory:
         Raises:
             ConfigError: when there is another run or other files in it and resume is None, or when it has newer
                 checkpoints than the one to resume.
+            InvalidError: when a link or special file stands where one of the run's files belongs.
             CheckpointError: when the checkpoint to resume is not whole.
             BusyError: when another process trains there.
         """
         self.path = Path(path)
+        self.damaged: list[str] = []
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--out {self.path}: expected a folder or nothing, found a file")
         self._check_foreign()
+        self._check_kinds()
         safeio.make_directory(self.path)
         self._lock = safeio.Lock(self.path / LOCK, f"run {self.path}")
         self._metrics: metrics.MetricsWriter | None = None
@@ -64,13 +69,30 @@ class RunDirectory:
             raise
 
     def _check_foreign(self) -> None:
-        """Refuse a folder that holds something and is no run directory."""
-        if not self.path.is_dir() or (self.path / CONFIG).is_file() or checkpoint.list_steps(self.path):
+        """Refuse a folder that holds something and is no run directory: nothing in it is touched.
+
+        A run directory has checkpoints, or the lock (it is made first) with a config.toml that is ours or none yet.
+        """
+        if not self.path.is_dir():
             return
-        names = {p.name for p in self.path.iterdir() if not p.name.startswith((safeio.TMP, safeio.TRASH))}
-        other = sorted(names - {LOCK, MANIFEST, metrics.NAME})
+        read_config(self.path)
+        if checkpoint.list_steps(self.path):
+            return
+        names = {p.name for p in self.path.iterdir() if not safeio.is_temporary(p.name)}
+        if LOCK in names and CONFIG in names:
+            return
+        other = sorted(names - ({LOCK, MANIFEST, metrics.NAME} if LOCK in names else set()))
         if other:
-            raise ConfigError(f"--out {self.path}: expected a new or empty folder or a run, found {other[0]} in it")
+            raise ConfigError(f"--out {self.path}: expected a new or empty folder or a run, found {other[0]!r} in it")
+
+    def _check_kinds(self) -> None:
+        """Refuse links and special files where the run's own files belong."""
+        for name in (LOCK, CONFIG, MANIFEST, metrics.NAME, checkpoint.BEST):
+            safeio.check_replaceable(self.path / name)
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if checkpoint.STEP_DIR.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+                found = saferead.kind_of(path.lstat().st_mode)
+                raise ConfigError(f"--out {self.path}: {path.name}: expected a folder, found a {found}")
 
     def _find(self, resume: str | None) -> Checkpoint | None:
         steps = checkpoint.list_steps(self.path)
@@ -80,75 +102,117 @@ class RunDirectory:
                     f"--out {self.path}: there is a run in it already; go on with --resume, or name another folder"
                 )
             return None
-        if resume == AUTO:
-            newest = checkpoint.find_checkpoint(self.path)
+        if resume == AUTO or (self.path.is_dir() and Path(resume).resolve() == self.path.resolve()):
+            newest = checkpoint.find_checkpoint(self.path, self.damaged)
             if newest is None and steps:
-                raise CheckpointError(f"{self.path}: expected a whole checkpoint to resume, found {len(steps)} damaged")
+                raise CheckpointError(
+                    f"{self.path}: expected a whole checkpoint to resume, found {len(steps)} damaged: {self.damaged[0]}"
+                )
             return None if newest is None else checkpoint.open_checkpoint(newest)
         source = resume_source(resume)
         if source is None:
             raise CheckpointError(f"--resume {resume}: expected a checkpoint or a run that has one, found none")
         found = checkpoint.open_checkpoint(source)
-        newer = [step for step in steps if step > found.step]
+        own = found.path.resolve().parent == self.path.resolve()
+        newer = [step for step in steps if step > found.step or (step == found.step and not own)]
         if newer:
             raise ConfigError(
-                f"--resume {resume}: {self.path} has a newer checkpoint (step {newer[-1]}) than step {found.step}; "
-                f"give another --out to go on from there without losing it"
+                f"--resume {resume}: {self.path} has a checkpoint (step {newer[-1]}) that is not older than that one "
+                f"(step {found.step}); give another --out to go on from there without losing it"
             )
         return found
 
-    def begin(self, config: TrainConfig, manifest: Mapping[str, Any]) -> None:
-        """Write config.toml and manifest.json, and cut metrics.jsonl back to where training goes on.
+    @contextlib.contextmanager
+    def _writing(self, what: str, how: str = "written") -> Iterator[None]:
+        """Turn the system's refusal into a line that says what is still there.
+
+        Raises:
+            CheckpointError: in place of an OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            try:
+                kept = checkpoint.find_checkpoint(self.path)
+            except OSError:  # not even that works now
+                kept = None if self.last_saved is None else checkpoint.step_dir(self.path, self.last_saved)
+            raise CheckpointError(
+                f"{self.path}: {what} could not be {how}: {error.strerror or error}; "
+                + (f"the run keeps {kept.name}" if kept else "there is no older checkpoint")
+            ) from error
+
+    def begin(
+        self, config: TrainConfig, manifest: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Write config.toml, manifest.json and the tokenizer, and cut metrics.jsonl back to where training goes on.
 
         Args:
             config: the resolved options.
             manifest: what describes this run besides; versions and the machine are added.
+            tokenizer: content of the tokenizer's files by name, where it is known.
+
+        Raises:
+            CheckpointError: when the system refuses; says which checkpoint is still there.
         """
         text = f"# The options of this run; `anellm train --config {CONFIG} --out ANOTHER` repeats it.\n" + to_toml(
             config
         )
-        safeio.write_bytes(self.path / CONFIG, text.encode())
-        safeio.write_bytes(self.path / MANIFEST, safeio.json_bytes({**describe_machine(), **manifest}))
-        metrics.cut(self.path, -1 if self.resumed is None else self.resumed.step)
-        self._metrics = metrics.MetricsWriter(self.path)
+        with self._writing(CONFIG):
+            safeio.write_bytes(self.path / CONFIG, text.encode())
+        with self._writing(MANIFEST):
+            safeio.write_bytes(self.path / MANIFEST, safeio.json_bytes({**describe_machine(), **manifest}))
+        with self._writing("the tokenizer"):
+            for name, content in (tokenizer or {}).items():
+                safeio.write_bytes(self.path / name, content)
+        with self._writing(metrics.NAME):
+            metrics.cut(self.path, -1 if self.resumed is None else self.resumed.step)
+            self._metrics = metrics.MetricsWriter(self.path)
         if self.resumed is not None and self.resumed.path == checkpoint.step_dir(self.path, self.resumed.step):
             self.last_saved = self.resumed.step
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record to metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.write(record)
+        """Append a record to metrics.jsonl.
 
-    def save(self, step: int, model: Any, state: Mapping[str, Any], tokenizer: bytes | None) -> Path:
+        Raises:
+            CheckpointError: when the system refuses; says which checkpoint is still there.
+        """
+        if self._metrics is not None:
+            with self._writing(metrics.NAME):
+                self._metrics.write(record)
+
+    def save(self, step: int, model: Any, state: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None) -> Path:
         """Write the checkpoint of a step.
 
         Raises:
             CheckpointError: when the system refuses (a full disk, say); says which checkpoint is still there.
             NonFiniteError: when a weight or moment is inf or NaN.
         """
-        try:
+        with self._writing(f"the checkpoint of step {step}"):
+            if self._metrics is not None:  # so that a checkpoint on the disk has its records there
+                self._metrics.sync()
             path = checkpoint.save(self.path, step, model, state, tokenizer)
-        except OSError as error:
-            kept = checkpoint.find_checkpoint(self.path)
-            raise CheckpointError(
-                f"{self.path}: the checkpoint of step {step} could not be written: {error.strerror or error}; "
-                + (f"the run keeps {kept.name}" if kept else "there is no older checkpoint")
-            ) from error
         self.last_saved = step
         return path
 
     def retain(self, config: TrainConfig, best_step: int | None, best_val_loss: float | None) -> None:
-        """Note the best checkpoint and remove those that the retention rule gives up."""
+        """Note the best checkpoint and remove those that the retention rule gives up.
+
+        Raises:
+            CheckpointError: when the system refuses; says which checkpoint is still there.
+        """
         if best_step is not None and best_val_loss is not None:
-            there = (checkpoint.step_dir(self.path, best_step) / checkpoint.MANIFEST).is_file()
-            if there and checkpoint.read_best(self.path) != best_step:
-                checkpoint.write_best(self.path, best_step, best_val_loss)
-        checkpoint.prune(self.path, config.keep_last, config.keep_every, best_step)
+            with self._writing(checkpoint.BEST):
+                there = (checkpoint.step_dir(self.path, best_step) / checkpoint.MANIFEST).is_file()
+                if there and checkpoint.read_best(self.path) != best_step:
+                    checkpoint.write_best(self.path, best_step, best_val_loss)
+        with self._writing("an old checkpoint", "removed"):
+            checkpoint.prune(self.path, config.keep_last, config.keep_every, best_step, self.last_saved)
 
     def close(self) -> None:
         """Close the metrics and free the lock; calling it again does nothing."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # what the checkpoints rest on was synced with them
+                self._metrics.close()
         self._lock.close()
 
 
@@ -158,6 +222,13 @@ def resume_source(resume: str) -> Path | None:
     if (path / checkpoint.MANIFEST).is_file():
         return path
     return checkpoint.find_checkpoint(path)
+
+
+def resume_path(resume: str, out: str | None) -> Path | None:
+    """Return the checkpoint directory that training would go on from, or None; nothing is locked or written."""
+    if resume != AUTO:
+        return resume_source(resume)
+    return None if out is None else checkpoint.find_checkpoint(Path(out))
 
 
 def run_of(path: Path) -> Path:
@@ -191,12 +262,12 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         ConfigError: when its config.toml is damaged.
     """
     path = run_dir / CONFIG
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    try:
+        data = saferead.read_toml(path, ConfigError)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
     return from_mapping(TrainConfig, data, str(path))
 
 

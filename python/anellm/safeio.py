@@ -9,23 +9,26 @@ what a kill left behind.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from anellm.errors import AnellmError, BusyError, InvalidError
+from anellm.errors import BusyError, InvalidError
+from anellm.saferead import kind_of
 
 TMP, TRASH = ".tmp-", ".trash-"
+_OURS = re.compile(r"\.(tmp|trash)-.+-\d+-\d+", re.DOTALL)  # name, process and count
 _CHUNK = 16 << 20
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _unique = itertools.count()
@@ -79,7 +82,10 @@ class NewFile:
 def write(fd: int, data: memoryview) -> None:
     """Write all of ``data`` to a file descriptor."""
     while data:
-        data = data[os.write(fd, data) :]
+        written = os.write(fd, data)
+        if written <= 0:
+            raise OSError(errno.EIO, "nothing was written")
+        data = data[written:]
 
 
 def fsync(fd: int) -> None:
@@ -125,14 +131,19 @@ def _mark() -> str:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Delete what a killed process left in a folder (``.tmp-*`` and ``.trash-*``) and return the names.
+    """Delete what a killed process left in a folder (``.tmp-NAME-PID-N`` and ``.trash-NAME-PID-N``); return the names.
 
     Only for a folder whose lock is held: another process's temporary files look the same.
     """
-    names = sorted(p.name for p in folder.iterdir() if p.name.startswith((TMP, TRASH)))
+    names = sorted(p.name for p in folder.iterdir() if is_temporary(p.name))
     for name in names:
         _delete(folder / name)
     return names
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether this module made a name, for what is being written or removed."""
+    return _OURS.fullmatch(name) is not None
 
 
 def check_replaceable(path: Path) -> None:
@@ -146,8 +157,7 @@ def check_replaceable(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        kind = "symbolic link" if stat.S_ISLNK(mode) else "folder" if stat.S_ISDIR(mode) else "special file"
-        raise InvalidError(f"{path}: expected a regular file or nothing to write to, found a {kind}")
+        raise InvalidError(f"{path}: expected a regular file or nothing to write to, found a {kind_of(mode)}")
 
 
 @contextlib.contextmanager
@@ -228,7 +238,7 @@ def atomic_directory(path: Path) -> Iterator[NewDirectory]:
     try:
         yield folder
         fsync_dir(folder.path)
-        if path.exists():
+        if os.path.lexists(path):
             remove(path)
         rename(folder.path, path)
         fsync_dir(path.parent)
@@ -257,6 +267,10 @@ class AppendFile:
         """Append bytes; they are in the kernel's hands when it returns, so a killed process loses none."""
         write(self._fd, memoryview(data))
 
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        fsync(self._fd)
+
     def close(self) -> None:
         """Sync and close the file; calling it again does nothing."""
         fd, self._fd = self._fd, -1
@@ -279,18 +293,23 @@ class Lock:
 
         Raises:
             BusyError: when another process has it.
+            InvalidError: when something other than a regular file is there.
         """
+        check_replaceable(path)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NOFOLLOW, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            with contextlib.suppress(OSError):  # a full disk: the note who has it is a courtesy
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, f"pid {os.getpid()}\n".encode(), 0)
+            fsync_dir(path.parent)
+        except BlockingIOError:
             owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
-            os.close(self._fd)
-            if not isinstance(error, BlockingIOError):
-                raise
+            self.close()
             raise BusyError(f"{what}: in use by another process{f' ({owner})' if owner else ''}") from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"pid {os.getpid()}\n".encode(), 0)
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Free the lock; calling it again does nothing."""
@@ -317,48 +336,3 @@ def json_bytes(values: Any, indent: int | None = 2) -> bytes:
         indent: spaces of indentation; None for one line.
     """
     return (json.dumps(_finite(values), indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def read_json(path: Path, error: type[AnellmError], limit_bytes: int = 16 << 20) -> dict[str, Any]:
-    """Return the JSON object in a small regular file.
-
-    Raises:
-        AnellmError: of the class given: missing, not a regular file, too large, or not a JSON object.
-    """
-    data = read_regular(path, error, limit_bytes)
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: expected JSON, found {problem}") from None
-    if not isinstance(values, dict):
-        raise error(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def open_regular(path: Path, error: type[AnellmError]) -> FileIO:
-    """Open a regular file to read; links and special files are refused, and none of them is waited for.
-
-    Raises:
-        AnellmError: of the class given.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | _NOFOLLOW)
-    except OSError as problem:
-        raise error(f"{path}: {problem.strerror or problem}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise error(f"{path}: expected a regular file")
-    return FileIO(fd)
-
-
-def read_regular(path: Path, error: type[AnellmError], limit_bytes: int) -> bytes:
-    """Return the content of a small regular file; see open_regular().
-
-    Raises:
-        AnellmError: of the class given.
-    """
-    with open_regular(path, error) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit_bytes:
-            raise error(f"{path}: expected at most {limit_bytes} bytes, found {size}")
-        return file.read()

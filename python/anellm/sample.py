@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BOS_ID, EOS_ID = 1, 2  # of the Llama 2 vocabulary and those trained like it
 _STREAM = 0x53414D50 << 32  # keeps these random numbers apart from those of the data loader
 _MAX_SEED = 2**64
+_MARGIN = 1e-9  # of probability; far above what rounding does to a sum
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Sampling:
             raise errors.ConfigError(f"{name}: expected {expected}, found {getattr(self, name)}")
 
 
-def _check_logits(logits: np.ndarray) -> np.ndarray:
-    """Return logits as a float64 vector.
+def _check_logits(logits: np.ndarray) -> float:
+    """Return the largest logit.
 
     Raises:
         InvalidError: when they are not a vector of at least one.
@@ -76,7 +77,36 @@ def _check_logits(logits: np.ndarray) -> np.ndarray:
     if not np.isfinite(top):
         where = int(np.argmax(~(logits < np.inf)))
         raise errors.NonFiniteError(f"logits: expected finite values, found {logits[where]} for token {where}")
-    return logits.astype(np.float64)
+    return float(top)
+
+
+def _likeliest(logits: np.ndarray, sampling: Sampling, reach: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return at least as many of the likeliest tokens as together reach a probability, likeliest first.
+
+    Sorting a whole vocabulary can take longer than a small model's forward pass. So what will not be needed is left out
+    first: tokens that min_p drops, and those below (1 - reach) / n, which together have less than 1 - reach.
+
+    Args:
+        logits: (vocab_size,).
+        sampling: its temperature (above 0), top_k and min_p count.
+        reach: a probability; from 1 on all that min_p leaves.
+
+    Returns:
+        ids (n,) int64, lowest id first among equals, and (n,) float64 probabilities among all (top_k) tokens.
+    """
+    top = _check_logits(logits)
+    ids = np.arange(logits.size)
+    if sampling.top_k and sampling.top_k < logits.size:
+        ids = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
+        ids = ids[np.argsort(-logits[ids], kind="stable")[: sampling.top_k]]
+    shifted = logits[ids].astype(np.float64) - top
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose exponential is 0
+        probs = np.exp(shifted / sampling.temperature)
+    probs /= probs.sum()
+    too_small = sampling.min_p * probs.max() * (1 - 1e-9)  # with a margin: who is dropped is decided later
+    near = np.flatnonzero(probs >= max(too_small, (1 - reach) / probs.size))
+    order = near[np.argsort(-shifted[near], kind="stable")]
+    return ids[order], probs[order]
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
@@ -97,14 +127,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     """
     if sampling.temperature == 0:
         raise errors.InvalidError("temperature: expected above 0 to draw from, found 0 (that is `choose`'s argmax)")
-    values = _check_logits(logits)
-    ids = np.argsort(-values, kind="stable")
-    if sampling.top_k:
-        ids = ids[: sampling.top_k]
-    shifted = values[ids] - values[ids[0]]
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose exponential is 0
-        probs = np.exp(shifted / sampling.temperature)
-    probs /= probs.sum()
+    ids, probs = _likeliest(logits, sampling, sampling.top_p + _MARGIN)
     if sampling.top_p < 1:
         # The first count at which the sum reaches top_p; rounding may keep it below for ever, then all stay.
         keep = int(np.searchsorted(np.cumsum(probs), sampling.top_p)) + 1
@@ -146,8 +169,12 @@ def choose(logits: np.ndarray, sampling: Sampling, position: int, sample_index: 
     if sampling.temperature == 0:
         _check_logits(logits)
         return int(np.argmax(logits))
-    ids, probs = candidates(logits, sampling)
-    at = int(np.searchsorted(np.cumsum(probs), uniform(sampling.seed, sample_index, position), side="right"))
+    drawn = uniform(sampling.seed, sample_index, position)
+    if sampling.top_p == 1 and sampling.min_p == 0:
+        ids, probs = _likeliest(logits, sampling, drawn + _MARGIN)  # the token is not behind these
+    else:
+        ids, probs = candidates(logits, sampling)
+    at = int(np.searchsorted(np.cumsum(probs), drawn, side="right"))
     return int(ids[min(at, len(ids) - 1)])
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from anellm.errors import CheckpointError
+
+_MAX = 2**53  # the largest range in which JSON readers keep whole numbers exact
+_SHOWN = 100  # characters of a value in a message
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -27,6 +33,7 @@ class TrainState:
         best_step: the step it belongs to.
         seconds: time spent training.
         data_sha256: of the training tokens.
+        val_sha256: of the held-out tokens.
     """
 
     step: int = 0
@@ -39,6 +46,7 @@ class TrainState:
     best_step: int | None = None
     seconds: float = 0.0
     data_sha256: str | None = None
+    val_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON-serialisable values."""
@@ -49,20 +57,50 @@ class TrainState:
         """Return the state that to_dict() gave.
 
         Raises:
-            CheckpointError: naming the source and the key that is missing, unknown or of the wrong type.
+            CheckpointError: naming the source, the key, what was expected and what was found.
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if values.keys() != fields.keys():
             wrong = min(values.keys() ^ fields.keys())
-            raise CheckpointError(f"{source}: expected the keys {', '.join(fields)}; {wrong!r} differs")
+            what = "is missing" if wrong in fields else "is unknown"
+            raise CheckpointError(f"{source}: expected the keys {', '.join(fields)}; {wrong[:_SHOWN]!r} {what}")
         for name, value in values.items():
             hint = str(fields[name].type)
-            fits = (
-                (value is None and "None" in hint)
-                or (isinstance(value, str) and "str" in hint)
-                or (isinstance(value, int) and not isinstance(value, bool) and "int" in hint and value >= 0)
-                or (isinstance(value, (int, float)) and not isinstance(value, bool) and "float" in hint)
-            )
-            if not fits:
-                raise CheckpointError(f"{source}: {name}: expected {hint}, found {value!r}")
-        return cls(**values)
+            if not _fits(value, hint):
+                text = repr(value)
+                text = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+                expected = {"int": "a whole number from 0", "float": "a finite number from 0", "str": "a SHA-256"}
+                kind, _, none = hint.partition(" | ")
+                raise CheckpointError(
+                    f"{source}: {name}: expected {expected[kind]}{' or null' if none else ''}, found {text}"
+                )
+        state = cls(**values)
+        state._check_sums(source)
+        return state
+
+    def _check_sums(self, source: str) -> None:
+        """Refuse numbers that no run can have together."""
+        best = self.best_step
+        for name, found, expected, holds in (
+            ("optimizer_step", self.optimizer_step, f"step {self.step} less the skipped {self.skipped_steps}",
+             self.optimizer_step == self.step - self.skipped_steps),
+            ("bad_steps", self.bad_steps, f"at most the skipped {self.skipped_steps}",
+             self.bad_steps <= self.skipped_steps),
+            ("best_step", best, f"a step up to {self.step}, with a best_val_loss",
+             (best is None) == (self.best_val_loss is None) and (best or 0) <= self.step),
+        ):  # fmt: skip
+            if not holds:
+                raise CheckpointError(f"{source}: {name}: expected {expected}, found {found}")
+
+
+def _fits(value: object, hint: str) -> bool:
+    """Return whether a value from JSON is what a field's type says: counts and losses are never negative."""
+    if value is None:
+        return "None" in hint
+    if isinstance(value, str):
+        return "str" in hint and _SHA256.fullmatch(value) is not None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if isinstance(value, int) and "int" in hint:
+        return 0 <= value <= _MAX
+    return "float" in hint and 0 <= value <= _MAX and math.isfinite(value)

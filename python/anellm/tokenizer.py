@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import heapq
 import math
 import re
 import stat
 import struct
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from anellm.errors import DataError, InvalidError, TokenRangeError
+from anellm.errors import DataError
+from anellm.tokenizer_base import DOCUMENT_SEPARATOR, BaseTokenizer, TokenStream, split_documents
 
-DOCUMENT_SEPARATOR = "<|endoftext|>"
+__all__ = ["DOCUMENT_SEPARATOR", "TokenStream", "Tokenizer", "load_tokenizer_file", "split_documents"]
+
+FILE_NAME = "tokenizer.bin"
+# Names a tokenizer is found by beside weights, the ones that need nothing else first.
+TOKENIZER_FILES = (FILE_NAME, "tokenizer.model", "tokenizer.json")
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 FIRST_BYTE_ID, FIRST_PIECE_ID = 3, 259
 BYTE_PIECES = tuple(b"<0x%02X>" % value for value in range(256))
@@ -30,14 +30,18 @@ _SCORE_FLOOR = -1e10  # llama2.c's run.c starts its search for the best merge he
 _CACHE_ENTRIES, _CACHE_TEXT = 1 << 17, 48  # segments kept, and the longest one worth keeping, in characters
 
 
-class Tokenizer:
+class Tokenizer(BaseTokenizer):
     """Encode text to token ids and back, exactly as llama2.c's run.c and sentencepiece's BPE do.
 
     Id 0 is the unknown token, 1 begins a document, 2 ends one, 3 to 258 are the 256 bytes, pieces follow.
     """
 
-    bos_id = BOS_ID
-    eos_id = EOS_ID
+    file_name = FILE_NAME
+    bos_id: int = BOS_ID
+    eos_id: int = EOS_ID
+    add_bos = True
+    separator_id = None
+    stop_ids = frozenset((BOS_ID, EOS_ID))
 
     def __init__(self, pieces: Sequence[bytes], scores: Sequence[float], *, source: str = "tokenizer") -> None:
         """Build a tokenizer from its table.
@@ -66,7 +70,7 @@ class Tokenizer:
             if FIRST_BYTE_ID <= index < FIRST_PIECE_ID and piece != BYTE_PIECES[index - FIRST_BYTE_ID]:
                 expected = BYTE_PIECES[index - FIRST_BYTE_ID].decode()
                 raise DataError(f"{source}: token {index}: expected the byte token {expected}, found {piece!r}")
-        self.pieces = tuple(pieces)
+        self.pieces, self.source = tuple(pieces), source
         self._build_tables()
         self._cache: dict[str, list[int]] = {}
 
@@ -183,56 +187,16 @@ class Tokenizer:
             parts.append(_RECORD.pack(score, len(piece)) + piece)
         return b"".join(parts)
 
-    def save(self, path: str | Path) -> None:
-        """Write the table to a ``tokenizer.bin`` file; reading it and saving it again gives the same bytes."""
-        Path(path).write_bytes(self.to_bytes())
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode as llama2.c's run.c does.
 
-    @cached_property
-    def sha256(self) -> str:
-        """Return the SHA-256 of the serialised table, in hexadecimal."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of tokens."""
-        return len(self.pieces)
-
-    @property
-    def token_dtype(self) -> np.dtype[Any]:
-        """Return the smallest of uint16 and int32 that holds every id."""
-        return np.dtype("<u2") if self.vocab_size <= 1 << 16 else np.dtype("<i4")
-
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Encode text to token ids.
-
-        A space is put in front of text that is not empty; each code point becomes its piece, or its UTF-8 bytes where
-        there is none; then the two neighbours whose joint piece has the best score merge, leftmost first among equals,
-        until none is left. ``<s>`` and the like in the text are text.
-
-        Args:
-            text: any string without lone surrogates.
-            bos: whether to begin with bos_id.
-            eos: whether to end with eos_id.
-
-        Returns:
-            Token ids, each in [0, vocab_size).
-
-        Raises:
-            InvalidError: if the text holds a lone surrogate, which has no UTF-8 form.
+        A space is put in front; each code point becomes its piece, or its UTF-8 bytes where there is none; then the
+        two neighbours whose joint piece has the best score merge, leftmost first among equals, until none is left.
 
         Source: llama2.c run.c ``encode``; Sennrich et al. 2016, https://arxiv.org/abs/1508.07909.
         """
-        ids = [BOS_ID] if bos else []
-        if text:
-            try:
-                self._encode_into(ids, " " + text)
-            except UnicodeEncodeError:
-                at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
-                raise InvalidError(
-                    f"text: expected Unicode text, found the lone surrogate {text[at]!r} at character {at}"
-                ) from None
-        if eos:
-            ids.append(EOS_ID)
+        ids: list[int] = []
+        self._encode_into(ids, " " + text)
         return ids
 
     def _encode_into(self, ids: list[int], text: str) -> None:
@@ -288,116 +252,45 @@ class Tokenizer:
             i = ends[i]
         return ids
 
-    def encode_documents(self, text: str) -> npt.NDArray[Any]:
-        """Encode text that holds documents separated by ``<|endoftext|>``.
 
-        The marker is never encoded as text: each document that is not empty begins with bos_id instead. Newlines
-        right before and after a marker belong to it.
+def load_tokenizer_file(path: str | Path) -> BaseTokenizer:
+    """Read a tokenizer of any kind; the content decides which.
 
-        Returns:
-            Token ids (n,), uint16, or int32 where the vocabulary has more than 65536 tokens.
+    Args:
+        path: a llama2.c tokenizer.bin, a Hugging Face tokenizer.json (with the extra ``tokenizers``), a sentencepiece
+            .model, a GGUF file; or a folder that holds one.
 
-        Raises:
-            InvalidError: if the text holds a lone surrogate.
-        """
-        documents = split_documents(text)
-        parts = [np.array(self.encode(document), dtype=self.token_dtype) for document in documents]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self.token_dtype)
+    Raises:
+        DataError: naming file, field, expected and found.
+        UnavailableError: for a tokenizer.json, if the ``tokenizers`` package is not installed.
+    """
+    from anellm import tokenizer_json, tokenizer_spm
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes that token ids stand for.
+    path = Path(path)
+    if path.is_dir():
+        found = find_tokenizer_file(path)
+        if found is None:
+            raise DataError(f"{path}: expected a folder with {', '.join(TOKENIZER_FILES)}, found none of them")
+        path = found
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path}: expected a tokenizer file, found something that is not a plain file")
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the tokenizer: {error.strerror or error}") from error
+    if head.startswith(b"GGUF"):
+        from anellm import weights_gguf
 
-        As in llama2.c the space that leads the first token after bos_id is dropped; bos_id and eos_id give nothing.
-
-        Raises:
-            TokenRangeError: if an id is outside the vocabulary.
-        """
-        stream = TokenStream(self)
-        return b"".join([stream.feed_bytes(int(token)) for token in ids])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text that token ids stand for, with U+FFFD in place of bytes that are not UTF-8.
-
-        Raises:
-            TokenRangeError: if an id is outside the vocabulary.
-        """
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def stream(self) -> TokenStream:
-        """Return a decoder that takes one id at a time."""
-        return TokenStream(self)
-
-    def token_bytes(self, token: int) -> int:
-        """Return the number of bytes that a token decodes to: 0 for bos_id and eos_id.
-
-        Raises:
-            TokenRangeError: if the id is outside the vocabulary.
-        """
-        self._check(token)
-        return len(self._bytes[token])
-
-    def count_bytes(self, ids: npt.ArrayLike) -> int:
-        """Return ``len(decode_bytes(ids))`` for an array of ids, without decoding them.
-
-        Raises:
-            TokenRangeError: if an id is outside the vocabulary.
-        """
-        array = np.asarray(ids)
-        if array.size == 0:
-            return 0
-        self._check(int(array.min()))
-        self._check(int(array.max()))
-        dropped = self._drops_space[array[1:]] & (array[:-1] == BOS_ID)
-        return int(self._byte_lengths[array].sum()) - int(np.count_nonzero(dropped))
-
-    @cached_property
-    def _byte_lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([len(text) for text in self._bytes], dtype=np.int64)
-
-    def _check(self, token: int) -> None:
-        if not 0 <= token < len(self.pieces):
-            raise TokenRangeError(f"token id: expected 0 to {len(self.pieces) - 1}, found {token}")
+        return weights_gguf.read_tokenizer(path)
+    # A tokenizer.bin starts with an int32, whose upper bytes are zero.
+    if head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{") and b"\0" not in head:
+        return tokenizer_json.JsonTokenizer.from_file(path)
+    if tokenizer_spm.looks_like_model(head):
+        return tokenizer_spm.read(path)
+    return Tokenizer.from_file(path)
 
 
-class TokenStream:
-    """Decode token ids as they come, never giving out half a code point."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Start at the beginning of a text; Tokenizer.stream() is the usual way here."""
-        self._tokenizer = tokenizer
-        self._after_bos = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed_bytes(self, token: int) -> bytes:
-        """Return the bytes of the next token.
-
-        Raises:
-            TokenRangeError: if the id is outside the vocabulary.
-        """
-        tokenizer = self._tokenizer
-        tokenizer._check(token)
-        drop = self._after_bos and bool(tokenizer._drops_space[token])
-        self._after_bos = token == BOS_ID
-        return tokenizer._bytes[token][drop:]
-
-    def feed(self, token: int) -> str:
-        """Return the text that the next token completes; bytes of an unfinished code point wait.
-
-        Raises:
-            TokenRangeError: if the id is outside the vocabulary.
-        """
-        return self._decoder.decode(self.feed_bytes(token))
-
-    def flush(self) -> str:
-        """Return what is left at the end of the text: U+FFFD for an unfinished code point, else nothing."""
-        return self._decoder.decode(b"", final=True)
-
-
-def split_documents(text: str) -> list[str]:
-    """Return the documents between ``<|endoftext|>`` markers, without the newlines around them; none is empty."""
-    parts = text.split(DOCUMENT_SEPARATOR)
-    last = len(parts) - 1
-    for index in range(last):
-        parts[index] = parts[index].rstrip("\r\n")
-        parts[index + 1] = parts[index + 1].lstrip("\r\n")
-    return [part for part in parts if part]
+def find_tokenizer_file(folder: Path) -> Path | None:
+    """Return the tokenizer file in a folder, or None."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)

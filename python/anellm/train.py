@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -46,24 +47,38 @@ def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
 def run(config: TrainConfig) -> Result:
     """Train, and return the summary."""
     threads = set_threads(config.threads)
-    tokenizer = inputs.load_tokenizer(config)
-    shape = inputs.model_config(config, tokenizer)
-    need, report = inputs.forecast(config, shape)
     if config.dry_run:
+        resumed = None if config.resume is None else rundir.resume_path(config.resume, config.out)
+        shape = inputs.model_config(config, inputs.load_tokenizer(config, resumed), resumed)
+        _, report = inputs.forecast(config, shape)
         inputs.print_forecast(report)
         return Result(report)
-    inputs.check_fits(need)
-    train_data, val_data = inputs.load_data(config, shape, tokenizer)
     name = config.preset or (Path(config.model).stem if config.model else inputs.DEFAULT_PRESET)
     config = dataclasses.replace(
         config,
         out=config.out or str(rundir.new_run_path(name)),
         preset=config.preset if config.model else config.preset or inputs.DEFAULT_PRESET,
     )
-    directory = rundir.RunDirectory(str(config.out), config.resume)
+    if config.resume is None or (config.resume == rundir.AUTO and not Path(str(config.out)).is_dir()):
+        return _run(config, threads, name, None)
+    # What goes on from a checkpoint has its shape and tokenizer: the files that the run began with may be gone.
+    with contextlib.closing(rundir.RunDirectory(str(config.out), config.resume)) as directory:
+        for reason in directory.damaged:
+            print(f"anellm train: warning: a newer checkpoint is passed over: {reason}", file=sys.stderr)
+        return _run(config, threads, name, directory)
+
+
+def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirectory | None) -> Result:
+    """Train in a run directory: the one that is open already, or a new one once everything else is known to fit."""
+    resumed = None if opened is None or opened.resumed is None else opened.resumed.path
+    tokenizer = inputs.load_tokenizer(config, resumed)
+    shape = inputs.model_config(config, tokenizer, resumed)
+    need, _ = inputs.forecast(config, shape)
+    inputs.check_fits(need)
+    train_data, val_data = inputs.load_data(config, shape, tokenizer)
+    directory = opened or rundir.RunDirectory(str(config.out), config.resume)
     try:
         if directory.resumed is not None:
-            inputs.check_resumed_shape(directory.resumed, shape)
             model = Model(shape, config.device, seed=None)
         elif config.model is not None:
             model = Model.from_pretrained(config.model, config.device)

@@ -19,6 +19,7 @@ from anellm.errors import CheckpointError, ConfigError, DivergedError, NonFinite
 from anellm.measure import measure
 from anellm.metrics import rss_mib
 from anellm.optim import AdamW, clip_scale
+from anellm.profile import Tracer
 from anellm.rundir import RunDirectory
 from anellm.schedule import default_learning_rate, learning_rate
 from anellm.state import TrainState
@@ -26,7 +27,7 @@ from anellm.state import TrainState
 if TYPE_CHECKING:
     from anellm.data import TokenDataset
     from anellm.model import GradNorm, Model
-    from anellm.tokenizer import Tokenizer
+    from anellm.tokenizer_base import BaseTokenizer
 
 Record = Mapping[str, Any]
 _LONGEST_DEFAULT = 1024  # sequences are not longer than this unless asked for: attention is quadratic
@@ -100,7 +101,7 @@ class Trainer:
         config: TrainConfig,
         train_data: TokenDataset,
         val_data: TokenDataset | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: BaseTokenizer | None = None,
         *,
         callbacks: Sequence[Callable[[Record], None]] = (),
         run: RunDirectory | None = None,
@@ -130,7 +131,9 @@ class Trainer:
         )
         if val_data is not None:
             val_data.check_window(self.seq_len)
-        self._prompt = [] if tokenizer is None else tokenizer.encode(config.sample_prompt, bos=True)
+        self._prompt = (
+            [] if tokenizer is None or not config.sample_tokens else tokenizer.encode_prompt(config.sample_prompt)
+        )
         if config.sample_tokens and len(self._prompt) > model.config.max_seq_len:
             raise ConfigError(
                 f"--sample-prompt: expected at most {model.config.max_seq_len} tokens, the model's longest, "
@@ -144,10 +147,11 @@ class Trainer:
             config.weight_decay,
             config.decay,
         )
-        self.state = TrainState(data_sha256=train_data.sha256)
+        self.state = TrainState(data_sha256=train_data.sha256, val_sha256=None if val_data is None else val_data.sha256)
         self.callbacks = tuple(callbacks)
         self._loss: float | None = None
         self._stop = False
+        self._tracer = Tracer(config.profile)
         self._owns_run = run is None
         self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
         if self.run is not None and self.run.resumed is not None:
@@ -158,14 +162,30 @@ class Trainer:
         state = TrainState.from_dict(source.state, str(source.path / checkpoint.STATE))
         if state.step != source.step:
             raise CheckpointError(f"{source.path / checkpoint.STATE}: step: expected {source.step}, found {state.step}")
-        if state.data_sha256 != self.state.data_sha256:
-            raise CheckpointError(
-                f"{source.path}: trained on other data: expected SHA-256 {state.data_sha256} of the training tokens, "
-                f"found {self.state.data_sha256} ({self.train_data.source})"
-            )
+        self._check_data(source, state)
         checkpoint.load_tensors(source, self.model)
         self.optimizer.load_state_dict({"step": state.optimizer_step})
         self.state = state
+
+    def _check_data(self, source: checkpoint.Checkpoint, state: TrainState) -> None:
+        """Refuse other data than the checkpoint's, or take it over where that is allowed.
+
+        Losses on other held-out data do not compare: the best one starts over.
+        """
+        ours = self.state
+        held_out = "nothing held out" if self.val_data is None else self.val_data.source
+        for what, theirs, found, where in (
+            ("training", state.data_sha256, ours.data_sha256, self.train_data.source),
+            ("held-out", state.val_sha256, ours.val_sha256, held_out),
+        ):
+            if theirs != found and not self.config.allow_changed_data:
+                raise CheckpointError(
+                    f"{source.path}: trained with other data: expected SHA-256 {theirs} of the {what} tokens, "
+                    f"found {found} ({where}); --allow-changed-data goes on with it"
+                )
+        if state.val_sha256 != ours.val_sha256:
+            state.val_loss = state.best_val_loss = state.best_step = None
+        state.data_sha256, state.val_sha256 = ours.data_sha256, ours.val_sha256
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -178,14 +198,15 @@ class Trainer:
         """
         try:
             if self.run is not None:
-                self.run.begin(self.config, self._manifest())
+                self.run.begin(self.config, self._manifest(), self._tokenizer_files())
                 if self.run.resumed is not None:  # the kill may have come between a checkpoint and its note
                     self.run.retain(self.config, self.state.best_step, self.state.best_val_loss)
-            with self._signals():
+            with self._tracer, self._signals():
                 if self.state.step == 0 and (self.run is None or self.run.resumed is None):
                     self._evaluate()
                 while self.state.step < self.steps and not self._stop:
-                    self._step()
+                    with self._tracer.span("step", step=self.state.step + 1):
+                        self._step()
                     self._after_step()
                 interrupted = self._stop and self.state.step < self.steps
                 if interrupted:
@@ -204,16 +225,21 @@ class Trainer:
         n_micro = config.gradient_accumulation_steps
         loss = 0.0
         for micro in range(n_micro):
-            tokens, targets = self.train_data.batch(
-                config.seed, state.step, micro, config.batch_size, self.seq_len, n_micro, config.window_order
-            )
-            loss += model.forward(tokens, targets, training=True) / n_micro
-            model.backward(1.0 / n_micro, accumulate=micro > 0)  # the first overwrites
+            with self._tracer.span("batch"):
+                tokens, targets = self.train_data.batch(
+                    config.seed, state.step, micro, config.batch_size, self.seq_len, n_micro, config.window_order
+                )
+            with self._tracer.span("forward"):
+                loss += model.forward(tokens, targets, training=True) / n_micro
+            with self._tracer.span("backward"):
+                model.backward(1.0 / n_micro, accumulate=micro > 0)  # the first overwrites
             state.tokens += tokens.size
-        gradient = model.grad_norm()
+        with self._tracer.span("grad_norm"):
+            gradient = model.grad_norm()
         bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
         if not bad:
-            self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm))
+            with self._tracer.span("optimizer"):
+                self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm))
             state.optimizer_step += 1
             state.bad_steps = 0
         state.step += 1
@@ -260,7 +286,8 @@ class Trainer:
         if last or (config.eval_interval and step % config.eval_interval == 0):
             self._evaluate()
         if last or self._sample_due(step):
-            self._sample()
+            with self._tracer.span("sample"):
+                self._sample()
         is_best = self.state.best_step == step
         if last or is_best or (config.save_interval and step % config.save_interval == 0):
             self._save()
@@ -291,7 +318,8 @@ class Trainer:
         if self.val_data is None:
             return
         state, config = self.state, self.config
-        found = measure(self.model, self.val_data, config.batch_size, self.seq_len, config.eval_windows)
+        with self._tracer.span("eval"):
+            found = measure(self.model, self.val_data, config.batch_size, self.seq_len, config.eval_windows)
         loss = found.loss
         state.val_loss = loss if math.isfinite(loss) else None
         if state.step > 0 and math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
@@ -322,7 +350,15 @@ class Trainer:
         )
         index = self.state.step % 2**32
         try:
-            stream = generate_stream(self.model, self._prompt, config.sample_tokens, sampling, sample_index=index)
+            stream = generate_stream(
+                self.model,
+                self._prompt,
+                config.sample_tokens,
+                sampling,
+                stop_ids=self.tokenizer.stop_ids,
+                sample_index=index,
+                vocab_size=self.tokenizer.vocab_size,
+            )
             text = self.tokenizer.decode([*self._prompt, *stream])
         except NonFiniteError:
             return  # the weights have left the range of fp32: whether to stop is max_bad_steps' business
@@ -333,10 +369,13 @@ class Trainer:
         state = self.state
         if self.run is None or self.run.last_saved == state.step:
             return
-        tokenizer = self.tokenizer.to_bytes() if self.tokenizer is not None else None
-        path = self.run.save(state.step, self.model, state.to_dict(), tokenizer)
-        self.run.retain(self.config, state.best_step, state.best_val_loss)
+        with self._tracer.span("save"):
+            path = self.run.save(state.step, self.model, state.to_dict(), self._tokenizer_files())
+            self.run.retain(self.config, state.best_step, state.best_val_loss)
         self._call_back({"kind": "save", "step": state.step, "path": str(path)})
+
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        return {} if self.tokenizer is None else self.tokenizer.files()
 
     def _emit(self, record: Record) -> None:
         """Give a record to metrics.jsonl and the callbacks."""

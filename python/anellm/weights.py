@@ -1,7 +1,8 @@
-"""Read and write pretrained models: Hugging Face directories and llama2.c files.
+"""Read and write pretrained models: Hugging Face directories, llama2.c files, and GGUF files (read only).
 
-This is the front door: it finds out what a path is, and hands over to `weights_hf` or `weights_llama2c`. Tensors travel
-as (Hugging Face name, fp32 array) one at a time, from a memory-mapped file, so a model is never in memory twice.
+This is the front door: it finds out what a path is, and hands over to `weights_hf`, `weights_llama2c` or
+`weights_gguf`. Tensors travel as (Hugging Face name, fp32 array) one at a time, from a memory-mapped file, so a model
+is never in memory twice.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from anellm import checkpoint, errors
 
 if TYPE_CHECKING:
     from anellm.config import ModelConfig
-    from anellm.tokenizer import Tokenizer
+    from anellm.tokenizer_base import BaseTokenizer
 
 _SHOWN = 100  # characters of a name in a message
 _CHUNK = 1 << 20  # elements looked at in one go, so that a check needs no copy of the tensor
 
+LLAMA2C_VERSIONS = {"llama2c": 0, "llama2c-v1": 1}  # format as users name it -> version of the file
+
 # What other formats start with, to name them instead of calling their header damaged.
 _FOREIGN_MAGIC = {
-    b"24ka": "a llama2.c file of version 1 or 2",
-    b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a PyTorch (pickle) file",
     b"TZLB": "a checkpoint of the ANE training examples",
 }
@@ -41,7 +42,7 @@ class Pretrained:
             `tensor_shapes`; raises DataError at a tensor with a non-finite value. Arrays may be read-only views of
             the mapped file: copy what you keep.
         source: the file or directory it is read from, for messages.
-        tokenizer_path: the tokenizer.bin that belongs to it, or None.
+        tokenizer_path: the tokenizer file that belongs to it (a GGUF file is its own), or None.
     """
 
     config: ModelConfig
@@ -62,6 +63,18 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     from anellm.model import tensor_table
 
     return {tensor.name: tensor.shape for tensor in tensor_table(config)}
+
+
+def file_shapes(config: ModelConfig, source: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return `tensor_shapes` of a configuration that was read from a file.
+
+    Raises:
+        DataError: when the core cannot hold such a model.
+    """
+    try:
+        return tensor_shapes(config)
+    except errors.InvalidError as error:
+        raise errors.DataError(f"{source}: {error}") from None
 
 
 def first_nonfinite(array: np.ndarray) -> int | None:
@@ -136,14 +149,16 @@ def resolve(path: str | Path) -> Path:
     """Return the model that a path means: itself, or the best (else the newest) checkpoint of a training run.
 
     Args:
-        path: a .bin file, a Hugging Face or checkpoint directory (it has a config.json), or a run directory.
+        path: a .bin or .gguf file, a Hugging Face or checkpoint directory (it has a config.json), or a run directory.
 
     Raises:
         DataError: when there is no model at that path.
     """
     path = Path(path)
     if not path.exists():
-        raise errors.DataError(f"{path}: expected a model (.bin file, Hugging Face or run directory), found nothing")
+        raise errors.DataError(
+            f"{path}: expected a model (.bin or .gguf file, Hugging Face or run directory), found nothing"
+        )
     target = checkpoint.resolve_model_path(path)
     if target.is_file() or (target / "config.json").is_file():
         return target
@@ -154,7 +169,9 @@ def resolve(path: str | Path) -> Path:
 
 
 def find_tokenizer(model_path: str | Path) -> Path | None:
-    """Return the tokenizer.bin that belongs to a model path: beside the weights, or the run's; None if there is none.
+    """Return the tokenizer file that belongs to a model path; None if there is none.
+
+    That is the GGUF file itself, else what lies beside the weights, else what lies in the run.
 
     Args:
         model_path: what `load_pretrained` was given.
@@ -163,20 +180,29 @@ def find_tokenizer(model_path: str | Path) -> Path | None:
 
 
 def _tokenizer_of(target: Path) -> Path | None:
+    from anellm.tokenizer import find_tokenizer_file
+
+    if target.is_file() and _is_gguf(target):
+        from anellm import weights_gguf
+
+        if weights_gguf.has_tokenizer(target):
+            return target
     folder = target.parent if target.is_file() else target
     places = [folder]
     if (folder / checkpoint.MANIFEST).is_file():
         places.append(folder.resolve().parent)  # a checkpoint's run
-    return next((p / checkpoint.TOKENIZER for p in places if (p / checkpoint.TOKENIZER).is_file()), None)
+    return next((path for place in places if (path := find_tokenizer_file(place)) is not None), None)
 
 
-def load_tokenizer(model_path: str | Path, config: ModelConfig, explicit: str | Path | None = None) -> Tokenizer | None:
+def load_tokenizer(
+    model_path: str | Path, config: ModelConfig, explicit: str | Path | None = None
+) -> BaseTokenizer | None:
     """Return the tokenizer to use with a model: the one named, else the one that belongs to the model's path.
 
     Args:
         model_path: what `load_pretrained` was given.
         config: the model's dimensions.
-        explicit: a tokenizer.bin, or None to look beside the model.
+        explicit: a tokenizer file of any kind, or None to look beside the model.
 
     Returns:
         The tokenizer, or None when none is named and none is found.
@@ -184,12 +210,12 @@ def load_tokenizer(model_path: str | Path, config: ModelConfig, explicit: str | 
     Raises:
         DataError: when the tokenizer has more tokens than the model knows, or its file is damaged.
     """
-    from anellm.tokenizer import Tokenizer
+    from anellm.tokenizer import load_tokenizer_file
 
     path = Path(explicit) if explicit is not None else find_tokenizer(model_path)
     if path is None:
         return None
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = load_tokenizer_file(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise errors.DataError(
             f"{path}: vocab_size: expected at most the {config.vocab_size} of {model_path}, "
@@ -204,25 +230,33 @@ def load_pretrained(path: str | Path) -> Pretrained:
     Headers, names, shapes, dtypes and sizes are checked now, values while the tensors are read.
 
     Args:
-        path: a llama2.c v0 .bin file, a Hugging Face directory (config.json and safetensors), a checkpoint directory,
-            or a run directory (its newest checkpoint).
+        path: a llama2.c .bin file (version 0, 1 or 2), a GGUF file, a Hugging Face directory (config.json and
+            safetensors), a checkpoint directory, or a run directory (its best checkpoint, else its newest).
 
     Returns:
         The configuration and an iterator over the tensors.
 
     Raises:
         DataError: when the path holds no model, or a damaged one.
+        UnavailableError: when a quantised GGUF file needs a package that is not installed.
     """
-    from anellm import weights_hf, weights_llama2c
+    from anellm import weights_gguf, weights_hf, weights_llama2c
 
     target = resolve(path)
     tokenizer = _tokenizer_of(target)
     if target.is_dir():
         config, tensors = weights_hf.read(target)
+    elif _is_gguf(target):
+        config, tensors = weights_gguf.read(target)
     else:
         _refuse_foreign(target)
         config, tensors = weights_llama2c.read(target)
     return Pretrained(config, checked(tensors, str(target)), str(target), tokenizer)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -232,19 +266,24 @@ def _refuse_foreign(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic in _FOREIGN_MAGIC:
-        raise errors.DataError(f"{path}: expected a llama2.c file of version 0, found {_FOREIGN_MAGIC[magic]}")
+        raise errors.DataError(f"{path}: expected a llama2.c or GGUF file, found {_FOREIGN_MAGIC[magic]}")
 
 
 def save_hf(
-    directory: str | Path, config: ModelConfig, params: Mapping[str, np.ndarray], dtype: str = "float32"
+    directory: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, np.ndarray],
+    dtype: str = "float32",
+    max_shard_bytes: int | None = None,
 ) -> None:
-    """Write a Hugging Face directory: config.json and model.safetensors.
+    """Write a Hugging Face directory: config.json and model.safetensors, or several files of weights and their index.
 
     Args:
-        directory: created when missing; a config.json and model.safetensors in it are replaced.
+        directory: created when missing; a model that is in it is replaced, other files stay.
         config: the model's dimensions.
         params: fp32 arrays by Hugging Face name.
         dtype: "float32", "float16" or "bfloat16" (rounded to nearest even).
+        max_shard_bytes: tensor bytes in a file, at least 1; a tensor is never split. None: 5 GB, as transformers does.
 
     Raises:
         InvalidError: when the parameters do not fit the configuration, or the dtype is unknown.
@@ -252,21 +291,23 @@ def save_hf(
     """
     from anellm import weights_hf
 
-    weights_hf.write(Path(directory), config, params, dtype)
+    limit = weights_hf.MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
+    weights_hf.write(Path(directory), config, params, dtype, limit)
 
 
-def save_llama2c(path: str | Path, config: ModelConfig, params: Mapping[str, np.ndarray]) -> None:
-    """Write a llama2.c file of version 0.
+def save_llama2c(path: str | Path, config: ModelConfig, params: Mapping[str, np.ndarray], version: int = 0) -> None:
+    """Write a llama2.c file in fp32.
 
     Args:
         path: the file, replaced when it exists.
         config: the model's dimensions.
         params: fp32 arrays by Hugging Face name.
+        version: 0 (what run.c reads) or 1 (with a magic number).
 
     Raises:
-        InvalidError: when version 0 cannot express the model, or the parameters do not fit the configuration.
+        InvalidError: when the format cannot express the model, or the parameters do not fit the configuration.
         NonFiniteError: on inf or NaN.
     """
     from anellm import weights_llama2c
 
-    weights_llama2c.write(Path(path), config, params)
+    weights_llama2c.write(Path(path), config, params, version)

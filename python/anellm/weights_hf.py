@@ -8,8 +8,11 @@ names and overlapping tensors by name, and because BF16 has no NumPy type.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,11 +27,15 @@ from anellm.config import ModelConfig
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+MAX_SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained long took for its default
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_JSON_BYTES = 64 << 20
 _MAX_DIMS = 8
+_MAX_NAME = 200  # characters of a file name: no system takes much longer ones
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SHARD_NAMES = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _TIED_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 _CHUNK = 1 << 20
@@ -166,7 +173,7 @@ def _collect(directory: Path) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
-        if Path(shard).name != shard or not path.is_file():
+        if len(shard) > _MAX_NAME or Path(shard).name != shard or not path.is_file():
             raise errors.DataError(f"{index}: weight_map: expected files beside it, found {weights.shown(shard)}")
         for name, entry in read_header(path).items():
             if weight_map.get(name) != shard:
@@ -183,16 +190,32 @@ def _collect(directory: Path) -> dict[str, _Entry]:
 
 def _fp32(entry: _Entry, data: np.ndarray) -> np.ndarray:
     """Return a tensor as fp32: a view of the mapped file where it is fp32 already, else a converted copy."""
-    raw = data[entry.begin : entry.begin + entry.n_bytes]
-    if entry.dtype == "F32":
+    return _decode(data[entry.begin : entry.begin + entry.n_bytes], entry.dtype).reshape(entry.shape)
+
+
+def _decode(raw: np.ndarray, code: str) -> np.ndarray:
+    """Return bytes of a file dtype as fp32."""
+    if code == "F32":
         array = raw.view("<f4") if raw.ctypes.data % 4 == 0 else raw.copy().view("<f4")
-    elif entry.dtype == "F16":
+    elif code == "F16":
         array = raw.view("<f2").astype(np.float32)
     else:
         bits = raw.view("<u2").astype(np.uint32)  # bfloat16 is the upper half of a float32
         bits <<= 16
         array = bits.view(np.float32)
-    return np.asarray(array).reshape(entry.shape)
+    return np.asarray(array)
+
+
+def rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """Return an fp32 array as it is read back after being written in a dtype.
+
+    Raises:
+        NonFiniteError: when a value does not fit the dtype.
+    """
+    if dtype == "float32":
+        return array
+    code = DTYPES[dtype]
+    return _decode(np.frombuffer(_encode(name, array, code), np.uint8), code).reshape(array.shape)
 
 
 def _map(path: Path) -> np.ndarray:
@@ -212,7 +235,7 @@ def read(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]
     Raises:
         DataError: on a damaged file, or tensors that do not fit config.json.
     """
-    config_path = directory / "config.json"
+    config_path = directory / CONFIG_NAME
     fields = _read_json(config_path)
     try:
         config = ModelConfig.from_hf(fields, str(config_path))
@@ -225,7 +248,7 @@ def read(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]
         raise errors.DataError(
             f"{config_path}: num_hidden_layers: expected at most one a tensor ({len(entries)}), found {config.n_layers}"
         )
-    shapes = weights.tensor_shapes(config)
+    shapes = weights.file_shapes(config, config_path)
     tied_head = entries.pop(_TIED_HEAD, None) if config.tie_embeddings else None
     names = {name for name in entries if not name.endswith("rotary_emb.inv_freq")}  # a table that we recompute
     for what, wrong in (("missing", shapes.keys() - names), ("unexpected", names - shapes.keys())):
@@ -310,14 +333,77 @@ def write_safetensors(file: safeio.NewFile, tensors: Mapping[str, np.ndarray], c
         file.write(_encode(name, array, code))
 
 
-def write(directory: Path, config: ModelConfig, params: Mapping[str, np.ndarray], dtype: str) -> None:
+def _shards(tensors: Mapping[str, np.ndarray], code: str, max_bytes: int) -> list[dict[str, np.ndarray]]:
+    """Fill files in order, each with at most ``max_bytes`` of tensors; a larger tensor has a file of its own."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    used = 0
+    for name, array in tensors.items():
+        n_bytes = array.size * _ITEM_BYTES[code]
+        if shards[-1] and used + n_bytes > max_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = array
+        used += n_bytes
+    return shards
+
+
+def write(
+    directory: Path, config: ModelConfig, params: Mapping[str, np.ndarray], dtype: str, max_shard_bytes: int
+) -> None:
     """Write a Hugging Face directory; see `weights.save_hf`."""
-    if dtype not in _DTYPES:
-        raise errors.InvalidError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
-    code = _DTYPES[dtype]
-    shapes = weights.check_params(config, params)
-    safeio.make_directory(directory)
-    with safeio.atomic_file(directory / WEIGHTS_NAME) as file:
-        write_safetensors(file, {name: params[name] for name in shapes}, code)
-    fields = {**config.to_hf(), "torch_dtype": dtype}
-    safeio.write_bytes(directory / "config.json", safeio.json_bytes(fields))
+    if dtype not in DTYPES:
+        raise errors.InvalidError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if max_shard_bytes < 1:
+        raise errors.InvalidError(f"max_shard_bytes: expected at least 1, found {max_shard_bytes}")
+    code = DTYPES[dtype]
+    tensors = {name: params[name] for name in weights.check_params(config, params)}
+    shards = _shards(tensors, code, max_shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    index = None
+    if len(shards) == 1:
+        names = [WEIGHTS_NAME]
+    else:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(array.size for array in tensors.values()) * _ITEM_BYTES[code]
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with _new_model(directory) as folder:
+        for name, shard in zip(names, shards, strict=True):
+            with folder.file(name) as file:
+                write_safetensors(file, shard, code)
+        if index is not None:
+            folder.write_bytes(INDEX_NAME, safeio.json_bytes(index))
+        folder.write_bytes(CONFIG_NAME, safeio.json_bytes({**config.to_hf(), "torch_dtype": dtype}))
+
+
+@contextlib.contextmanager
+def _new_model(directory: Path) -> Iterator[safeio.NewDirectory]:
+    """Write a model's files beside their place, and move them there when all of them are complete.
+
+    A directory that is there keeps its other files. Its config.json goes first and the new one comes last, so that a
+    kill in between leaves a directory that is refused, never the shape of one model with the weights of another.
+
+    Raises:
+        InvalidError: when something other than a regular file is in the way.
+        OSError: from the system; up to the last moment the old model is untouched.
+    """
+    if not directory.exists():
+        safeio.make_directory(directory.absolute().parent)
+        with safeio.atomic_directory(directory) as folder:
+            yield folder
+        return
+    folder = safeio.NewDirectory(directory / f"{safeio.TMP}model-{safeio._mark()}")
+    try:
+        yield folder
+        safeio.fsync_dir(folder.path)
+        old = [p for p in sorted(directory.iterdir()) if p.name == WEIGHTS_NAME or _SHARD_NAMES.fullmatch(p.name)]
+        first = [directory / CONFIG_NAME, directory / INDEX_NAME]
+        for path in (*first, *old):
+            safeio.check_replaceable(path)
+        for path in (*first, *(path for path in old if path.name not in folder.files)):
+            if path.exists():
+                safeio.remove(path)
+        for name in folder.files:  # config.json is the last of them
+            safeio.rename(folder.path / name, directory / name)
+        safeio.fsync_dir(directory)
+    finally:
+        shutil.rmtree(folder.path, ignore_errors=True)

@@ -96,6 +96,22 @@ def test_every_sampling_flag_does_something(hf: Path, tmp_path: Path) -> None:
     assert len(set(others)) == len(others)
 
 
+def test_weights(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compressed weights are named in the summary and in the JSON, and write what Model.compress() writes."""
+    args = ("--model", hf, "--temperature", 0, "--max-new-tokens", 20, "--json", tmp_path / "out.json")
+    _, plain = run(*args)
+    assert "20 tokens in" in capsys.readouterr().err
+    assert plain["weights"] == "fp32"
+    for weights in ("fp32", "bf16", "int8"):
+        code, found = run(*args, "--weights", weights)
+        assert (code, found["weights"]) == (0, weights)
+        assert f"tokens/s, {weights} weights" in capsys.readouterr().err
+        model = Model.from_pretrained(hf, "cpu")
+        model.compress(weights)
+        assert found["ids"] == model.generate([1], 20, temperature=0)
+        assert (found["ids"] == plain["ids"]) or weights != "fp32"
+
+
 def test_samples(tokenizer: Tokenizer, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--model", hf, "--max-new-tokens", 12, "--temperature", 1.5, "--json", tmp_path / "out.json")
     _, one = run(*args)
@@ -156,10 +172,10 @@ def test_tokenizer_of_a_run(model: Model, tokenizer: Tokenizer, hf: Path, tmp_pa
         assert (code, found["ids"]) == (0, expected["ids"])
     whole = tmp_path / "whole"
     whole.mkdir()
-    checkpoint.save(whole, 10, trained, {}, tokenizer.to_bytes())
+    checkpoint.save(whole, 10, trained, {}, tokenizer.files())
     newest = Model(trained.config, "cpu", seed=99)
     newest.enable_training()
-    checkpoint.save(whole, 20, newest, {}, tokenizer.to_bytes())
+    checkpoint.save(whole, 20, newest, {}, tokenizer.files())
     assert run("--model", whole, *args)[1]["ids"] == newest.generate([1], 5, temperature=0)
     checkpoint.write_best(whole, 10, 1.0)
     assert run("--model", whole, *args)[1]["ids"] == expected["ids"]
@@ -180,6 +196,7 @@ def test_refusals(hf: Path, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest
         (("--model", hf, "--seed", -1), 2, "--seed"),
         (("--model", hf, "--max-new-tokens", -1), 2, "--max-new-tokens"),
         (("--model", hf, "--num-samples", 0), 2, "--num-samples"),
+        (("--model", hf, "--weights", "int4"), 2, "--weights"),
         (("--model", hf, "--prompt", "a", "--prompt-file", "b"), 2, "exclude each other"),
         (("--model", hf, "--prompt", "word " * 60), 2, "max_seq_len 48 tokens, found"),
         (("--model", tmp_path / "absent"), 4, "absent"),

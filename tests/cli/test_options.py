@@ -195,9 +195,10 @@ def test_toml_round_trip(values: dict[str, Any]) -> None:
     assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in expected.items()}
 
 
-def test_only_scalars_are_written() -> None:
-    with pytest.raises(TypeError, match="list"):
-        dump_toml({"a": [1]})
+def test_only_scalars_and_lists_of_them_are_written() -> None:
+    with pytest.raises(TypeError, match="dict"):
+        dump_toml({"a": [{}]})
+    assert tomllib.loads(dump_toml({"a": ("x", "y\n"), "b": ()})) == {"a": ["x", "y\n"], "b": []}
     assert dump_toml({"a": float("nan"), "b": float("-inf")}) == "a = nan\nb = -inf\n"
 
 

@@ -154,7 +154,11 @@ def test_a_text_and_a_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     second = [record["loss"] for record in metrics.read(Path("second")) if record["kind"] == "step"]
     assert second[0] < 0.7 * losses[0]
     capsys.readouterr()
-    assert "a text needs a tokenizer" in refused(capsys, 2, "--data", "a.txt", *SMALL)
+    Path("bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("bare", name).write_bytes(Path("r/step_00000030", name).read_bytes())
+    argv = ("--model", "bare", "--data", "a.txt", *SMALL[2:])  # one that is learnt would not be the model's
+    assert "a text needs a tokenizer" in refused(capsys, 2, *argv)
 
 
 def run_model(model: str, *argv: str) -> int:
@@ -168,6 +172,7 @@ def test_bad_files_are_one_line_and_exit_4(capsys: pytest.CaptureFixture[str]) -
     Path("short.bin").write_bytes(b"\1\0\2\0")
     np.arange(100, dtype=np.uint16).tofile("hundred.bin")
     Path("empty.bin").write_bytes(b"")
+    Path("folder").mkdir()
     cases: dict[tuple[str, ...], str] = {
         ("--data", "missing.bin"): "missing.bin",
         ("--data", "big.bin"): "token 512",
@@ -177,7 +182,7 @@ def test_bad_files_are_one_line_and_exit_4(capsys: pytest.CaptureFixture[str]) -
         ("--data", "hundred.bin"): "the part that --val-fraction 0.05 holds out",
         ("--data", "hundred.bin", "--val-data", "short.bin"): "--val-data: short.bin: expected at least 17 tokens",
         ("--data", "empty.bin"): "empty file",
-        ("--data", "."): "not a plain file",
+        ("--data", "folder"): "expected a folder with data",
         ("--tokenizer", "odd.bin"): "odd.bin",
         ("--tokenizer", "missing.bin"): "missing.bin",
     }

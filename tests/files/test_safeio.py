@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anellm import safeio
+from anellm import safeio, saferead
 from anellm.errors import BusyError, DataError, InvalidError
 
 OPERATIONS = ("write", "fsync", "rename", "fsync_dir")
@@ -113,10 +113,11 @@ def test_remove_takes_the_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not target.exists()
     (left,) = os.listdir(tmp_path)
     assert left.startswith(safeio.TRASH)
-    (tmp_path / ".tmp-x").write_bytes(b"")
+    (tmp_path / ".tmp-x-1-0").write_bytes(b"")
     (tmp_path / "kept").write_bytes(b"")
+    (tmp_path / ".tmp-theirs").write_bytes(b"")
     assert len(safeio.sweep(tmp_path)) == 2
-    assert os.listdir(tmp_path) == ["kept"]
+    assert sorted(os.listdir(tmp_path)) == [".tmp-theirs", "kept"]
 
 
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
@@ -147,14 +148,14 @@ def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "x")
     for path in (fifo, link, tmp_path, tmp_path / "missing"):
         with pytest.raises(DataError, match=str(path)):
-            safeio.read_regular(path, DataError, 10)
+            saferead.read_regular(path, DataError, 10)
     (tmp_path / "x").write_bytes(b"x" * 11)
     with pytest.raises(DataError, match="at most 10 bytes, found 11"):
-        safeio.read_regular(tmp_path / "x", DataError, 10)
+        saferead.read_regular(tmp_path / "x", DataError, 10)
     for text in (b"", b"[]", b"{", b'{"a": 1}x', b"[" * 100_000):
         (tmp_path / "x").write_bytes(text)
         with pytest.raises(DataError, match=str(tmp_path / "x")):
-            safeio.read_json(tmp_path / "x", DataError)
+            saferead.read_json(tmp_path / "x", DataError)
 
 
 def test_a_lock_keeps_others_out(tmp_path: Path) -> None:

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from anellm._ffi import check, lib, text
 
+TIERS = text(lib.anellm_cpu_variants()).split(",")
+# The others have the kernels of avx512, but for the engine of the bf16 product.
+FP32_TIERS = [tier for tier in TIERS if tier not in {"avx512bf16", "amx"}]
+ENGINES = [(tier, "fp32") for tier in FP32_TIERS] + [(tier, "bf16") for tier in TIERS]
 
-@pytest.fixture(params=text(lib.anellm_cpu_variants()).split(","))
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Force each tier of kernels that this machine can run, and put back what was in force."""
+
+@contextmanager
+def forced(tier: str) -> Iterator[None]:
+    """Force a tier of kernels, and put back what was in force."""
     before = text(lib.anellm_cpu_variant())
-    check(lib.anellm_cpu_set_variant(request.param.encode()))
-    yield request.param
-    check(lib.anellm_cpu_set_variant(before.encode()))
+    check(lib.anellm_cpu_set_variant(tier.encode()))
+    try:
+        yield
+    finally:
+        check(lib.anellm_cpu_set_variant(before.encode()))
+
+
+@pytest.fixture(params=FP32_TIERS)
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force each tier of kernels that this machine can run and that differs in fp32."""
+    with forced(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force each tier of kernels that this machine can run."""
+    with forced(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=ENGINES, ids="-".join)
+def product(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force each engine of the two matrix products; the value is "fp32" or "bf16"."""
+    tier, dtype = request.param
+    with forced(tier):
+        yield dtype
 
 
 @pytest.fixture(autouse=True)

@@ -87,13 +87,14 @@ def portable(run: Callable[[], Any]) -> Any:
 
 
 def assert_same_bytes_for_any_threads(run: Callable[[], tuple[np.ndarray, ...]]) -> None:
-    """Check that `run` gives the same bytes on 1, 2 and 3 threads."""
+    """Check that `run` gives the same bytes on 1, 2, 3 and 16 threads."""
     results = []
-    for n in (1, 2, 3):
+    for n in (1, 2, 3, 16):
         check(lib.anellm_set_threads(n))
         results.append([np.asarray(a).tobytes() for a in run()])
     assert results[0] == results[1], "2 threads differ from 1"
     assert results[0] == results[2], "3 threads differ from 1"
+    assert results[0] == results[3], "16 threads differ from 1"
 
 
 def assert_refused(

@@ -1,4 +1,4 @@
-"""The matrix product against NumPy: every layout, every tail, strides, blocks, threads."""
+"""Both matrix products against NumPy: every layout, every tail, strides, blocks, threads."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ from anellm._ffi import check, ffi, lib
 
 LAYOUTS = list(itertools.product((0, 1), (0, 1)))  # (trans_a, trans_b)
 EPS = 2.0**-24
+FUNCTIONS = {"fp32": lib.anellm_matmul, "bf16": lib.anellm_matmul_bf16}
 
 
 def stored(matrix: np.ndarray, transposed: int) -> np.ndarray:
     return np.ascontiguousarray(matrix.T if transposed else matrix)
 
 
-def matmul(a: np.ndarray, b: np.ndarray, trans_a: int = 0, trans_b: int = 0, c: np.ndarray | None = None) -> np.ndarray:
+def matmul(
+    product: str, a: np.ndarray, b: np.ndarray, trans_a: int = 0, trans_b: int = 0, c: np.ndarray | None = None
+) -> np.ndarray:
     """Return a @ b, or c + a @ b, computed by the C core from the stored forms of a and b."""
     m, k = a.shape
     n = b.shape[1]
     out = np.full((m, n), np.nan, np.float32) if c is None else c.copy()
     a, b = stored(a, trans_a), stored(b, trans_b)
     check(
-        lib.anellm_matmul(
+        FUNCTIONS[product](
             pointer(out), n, pointer(a), a.shape[1], trans_a, pointer(b), b.shape[1], trans_b, m, n, k, c is not None
         )
     )
@@ -61,6 +64,19 @@ def bound(a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None) -> np.ndarr
     return (a.shape[1] + 2) * EPS * size * 1.01 + 1e-40
 
 
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Return x rounded to bf16, as fp32."""
+    half, wide = np.empty(x.shape, np.uint16), np.empty(x.shape, np.float32)
+    check(lib.anellm_convert_f32_to_bf16(pointer(half), pointer(np.ascontiguousarray(x)), x.size))
+    check(lib.anellm_convert_bf16_to_f32(pointer(wide), pointer(half), x.size))
+    return wide
+
+
+def bf16_bound(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Bound the product of inputs that are each off by 2^-8 of their size, on top of the sums' rounding."""
+    return bound(a, b, c) + 2.0**-7 * 1.01 * (np.abs(a).astype(np.float64) @ np.abs(b))
+
+
 @settings(max_examples=60)
 @given(
     m=st.integers(1, 130),
@@ -72,7 +88,7 @@ def bound(a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None) -> np.ndarr
     seed=st.integers(0, 1 << 20),
 )
 def test_matches_float64(
-    variant: str, m: int, n: int, k: int, layout: tuple[int, int], accumulate: bool, extra: tuple[int, ...], seed: int
+    product: str, m: int, n: int, k: int, layout: tuple[int, int], accumulate: bool, extra: tuple[int, ...], seed: int
 ) -> None:
     trans_a, trans_b = layout
     a, b, c = normal(seed, m, k), normal(seed + 1, k, n), normal(seed + 2, m, n)
@@ -85,23 +101,26 @@ def test_matches_float64(
     wide_a, wide_b = unaligned(wide_a), unaligned(wide_b)
     wide_c = unaligned(strided(c if accumulate else np.full_like(c, np.nan), ld_c))
     check(
-        lib.anellm_matmul(
+        FUNCTIONS[product](
             pointer(wide_c), ld_c, pointer(wide_a), ld_a, trans_a, pointer(wide_b), ld_b, trans_b, m, n, k, accumulate
         )
     )
+    if product == "bf16" and (m > 4 or trans_a):  # few rows are multiplied in fp32
+        assert_within(wide_c[:, :n], a.astype(np.float64) @ b + (c if accumulate else 0), bf16_bound(a, b, c))
+        a, b = rounded(a), rounded(b)
     expected = a.astype(np.float64) @ b + (c if accumulate else 0)
     assert_within(wide_c[:, :n], expected, bound(a, b, c if accumulate else None))
     assert_gaps_untouched(wide_c, n)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_tail(variant: str, layout: tuple[int, int]) -> None:
+def test_every_tail(product: str, layout: tuple[int, int]) -> None:
     for k in (1, 2, 7, 8, 9, 17):
         for m in range(1, 14):
             for n in (*range(1, 19), 31, 32, 33):
                 a, b, c = integers(m, m, k), integers(n, k, n), integers(k, m, n)
-                assert np.array_equal(matmul(a, b, *layout), a @ b), (m, n, k)
-                assert np.array_equal(matmul(a, b, *layout, c=c), c + a @ b), (m, n, k)
+                assert np.array_equal(matmul(product, a, b, *layout), a @ b), (m, n, k)
+                assert np.array_equal(matmul(product, a, b, *layout, c=c), c + a @ b), (m, n, k)
 
 
 @pytest.mark.parametrize(
@@ -116,26 +135,26 @@ def test_every_tail(variant: str, layout: tuple[int, int]) -> None:
         (1000, 4, 600),
     ],
 )
-def test_blocks(variant: str, shape: tuple[int, int, int]) -> None:
+def test_blocks(product: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     a, b, c = integers(1, m, k), integers(2, k, n), integers(3, m, n)
     expected = a @ b
     for trans_a, trans_b in LAYOUTS if m * n * k < 1e8 else [(0, 1), (1, 0)]:
-        assert np.array_equal(matmul(a, b, trans_a, trans_b), expected)
-        assert np.array_equal(matmul(a, b, trans_a, trans_b, c=c), c + expected)
+        assert np.array_equal(matmul(product, a, b, trans_a, trans_b), expected)
+        assert np.array_equal(matmul(product, a, b, trans_a, trans_b, c=c), c + expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 20), (60, 50, 300)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_non_finite_values_reach_their_rows_and_columns_only(
-    variant: str, shape: tuple[int, int, int], layout: tuple[int, int]
+    product: str, shape: tuple[int, int, int], layout: tuple[int, int]
 ) -> None:
     m, n, k = shape
     for value in (np.nan, np.inf, -np.inf):
         a, b = normal(1, m, k), normal(2, k, n)
         a[m - 1, k - 1] = value
         b[k - 1, 0] = abs(b[k - 1, 0]) + 1
-        expected = matmul(a, b, *layout)
+        expected = matmul(product, a, b, *layout)
         with np.errstate(invalid="ignore"):
             wanted = a.astype(np.float64) @ b
         assert np.array_equal(np.isnan(expected), np.isnan(wanted))
@@ -144,35 +163,50 @@ def test_non_finite_values_reach_their_rows_and_columns_only(
         assert np.isfinite(expected[: m - 1]).all()
         a, b = normal(1, m, k), normal(2, k, n)
         b[0, n - 1] = value
-        out = matmul(a, b, *layout)
+        out = matmul(product, a, b, *layout)
         assert np.isfinite(out[:, : n - 1]).all()
         assert not np.isfinite(out[:, n - 1]).any()
     zero, inf = np.zeros((m, k), np.float32), np.full((k, n), np.inf, np.float32)
-    assert np.isnan(matmul(zero, inf, *layout)).all()  # 0 * inf is not skipped
+    assert np.isnan(matmul(product, zero, inf, *layout)).all()  # 0 * inf is not skipped
+
+
+def test_rounding_to_bf16_goes_to_nearest_even(product: str) -> None:
+    values = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, 3e38, 1.0], np.float32)
+    a = np.zeros((32, 6), np.float32)
+    np.fill_diagonal(a, 1)
+    wanted = rounded(values) if product == "bf16" else values
+    for layout in LAYOUTS:
+        out = matmul(product, a, values[:, None] * np.ones((1, 5), np.float32), *layout)
+        assert np.array_equal(out[:6], np.repeat(wanted[:, None], 5, 1))
+        out = matmul(product, values[:, None] * np.ones((1, 6), np.float32), a[:6, :6], *layout)
+        assert np.array_equal(out, np.repeat(wanted[:, None], 6, 1))
 
 
 def test_subnormals_are_kept(variant: str) -> None:
     for m in (1, 30):
         a = np.full((m, 1), 2.0**-100, np.float32)
         b = np.full((1, 20), 2.0**-40, np.float32)
-        assert (matmul(a, b) == np.float32(2.0**-140)).all()
+        assert (matmul("fp32", a, b) == np.float32(2.0**-140)).all()
 
 
-def test_zero_sizes(variant: str) -> None:
+def test_zero_sizes(product: str) -> None:
+    function = FUNCTIONS[product]
     out = filled(3, 5)
     some = normal(1, 3, 5)
-    check(lib.anellm_matmul(pointer(out), 5, pointer(some), 5, 0, pointer(some), 5, 0, 0, 5, 3, 0))
-    check(lib.anellm_matmul(pointer(out), 5, pointer(some), 5, 0, pointer(some), 5, 0, 3, 0, 5, 0))
-    check(lib.anellm_matmul(ffi.NULL, 0, ffi.NULL, 0, 0, ffi.NULL, 0, 0, 0, 0, 0, 0))
+    check(function(pointer(out), 5, pointer(some), 5, 0, pointer(some), 5, 0, 0, 5, 3, 0))
+    check(function(pointer(out), 5, pointer(some), 5, 0, pointer(some), 5, 0, 3, 0, 5, 0))
+    check(function(ffi.NULL, 0, ffi.NULL, 0, 0, ffi.NULL, 0, 0, 0, 0, 0, 0))
     assert (out == SENTINEL).all()
     # No products: the sum is zero, and without accumulate C becomes it.
-    check(lib.anellm_matmul(pointer(out), 5, ffi.NULL, 0, 0, ffi.NULL, 5, 0, 3, 5, 0, 1))
+    check(function(pointer(out), 5, ffi.NULL, 0, 0, ffi.NULL, 5, 0, 3, 5, 0, 1))
     assert (out == SENTINEL).all()
-    check(lib.anellm_matmul(pointer(out), 5, ffi.NULL, 0, 0, ffi.NULL, 5, 0, 3, 5, 0, 0))
+    check(function(pointer(out), 5, ffi.NULL, 0, 0, ffi.NULL, 5, 0, 3, 5, 0, 0))
     assert (out == 0).all()
 
 
-def test_bad_arguments() -> None:
+@pytest.mark.parametrize("name", ["anellm_matmul", "anellm_matmul_bf16"])
+def test_bad_arguments(name: str) -> None:
+    function = getattr(lib, name)
     out, a, b = filled(3, 5), normal(1, 3, 4), normal(2, 4, 5)
     good: dict[str, Any] = {
         "C": pointer(out), "ld_c": 5, "A": pointer(a), "ld_a": 4, "trans_a": 0, "B": pointer(b), "ld_b": 5,
@@ -191,32 +225,32 @@ def test_bad_arguments() -> None:
         ("ld_b", 4, {}),
         ("ld_b", 3, {"trans_b": 1}),
     ]
-    for name, value, others in bad:
-        arguments = {**good, **others, name: value}
-        words = (name, "NULL") if value == ffi.NULL else (name, str(value))
-        status = lib.anellm_matmul(*arguments.values())
-        assert_refused(status, lib.ANELLM_INVALID, "anellm_matmul", *words, untouched=(out,))
-    check(lib.anellm_matmul(*good.values()))
+    for argument, value, others in bad:
+        arguments = {**good, **others, argument: value}
+        words = (argument, "NULL") if value == ffi.NULL else (argument, str(value))
+        status = function(*arguments.values())
+        assert_refused(status, lib.ANELLM_INVALID, name + ":", *words, untouched=(out,))
+    check(function(*good.values()))
 
 
 @pytest.mark.parametrize("shape", [(3, 700, 300), (100, 90, 80), (300, 40, 500), (40, 300, 500), (64, 64, 3000)])
-def test_same_bytes_for_any_threads(variant: str, shape: tuple[int, int, int]) -> None:
+def test_same_bytes_for_any_threads(product: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     a, b, c = normal(1, m, k), normal(2, k, n), normal(3, m, n)
 
     def run() -> tuple[np.ndarray, ...]:
-        return tuple(matmul(a, b, *layout, c=c) for layout in LAYOUTS)
+        return tuple(matmul(product, a, b, *layout, c=c) for layout in LAYOUTS)
 
     assert_same_bytes_for_any_threads(run)
 
 
-def test_concurrent_calls(variant: str) -> None:
+def test_concurrent_calls(product: str) -> None:
     check(lib.anellm_set_threads(3))
     cases = [(integers(i, 50 + 9 * i, 70), integers(i + 9, 70, 90 - 7 * i)) for i in range(6)]
 
     def run(i: int) -> bool:
         a, b = cases[i % len(cases)]
-        return np.array_equal(matmul(a, b, i % 2, i // 2 % 2), a @ b)
+        return np.array_equal(matmul(product, a, b, i % 2, i // 2 % 2), a @ b)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(200)))

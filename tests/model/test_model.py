@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from anellm import errors
-from anellm._ffi import lib
+from anellm._ffi import check, lib
 from anellm.config import ModelConfig
 from anellm.model import IGNORE_INDEX, Model, memory, tensor_table
 
@@ -368,3 +368,49 @@ def test_dimensions_beyond_the_core_are_refused() -> None:
     for field, value in (("dim", 2**17), ("n_layers", 2000), ("vocab_size", 2**23), ("max_seq_len", 2**21)):
         with pytest.raises(errors.InvalidError, match=field):
             tensor_table(GQA.replace(**{field: value}))
+
+
+def test_bf16_products_stay_close_to_fp32() -> None:
+    tokens, targets = batch(GQA, 3, 40)
+    losses, grads = {}, {}
+    for dtype in (lib.ANELLM_DTYPE_FP32, lib.ANELLM_DTYPE_BF16):
+        model = Model(GQA, seed=5)
+        check(lib.anellm_model_set_dtype(model._pointer, dtype))
+        losses[dtype] = model.forward(tokens, targets)
+        model.backward()
+        grads[dtype] = gradients(model)
+    fp32, bf16 = grads[lib.ANELLM_DTYPE_FP32], grads[lib.ANELLM_DTYPE_BF16]
+    assert losses[lib.ANELLM_DTYPE_FP32] != losses[lib.ANELLM_DTYPE_BF16], "the dtype made no difference"
+    assert losses[lib.ANELLM_DTYPE_BF16] == pytest.approx(losses[lib.ANELLM_DTYPE_FP32], rel=2e-3)
+    for name, expected in fp32.items():
+        a, b = expected.astype(np.float64).ravel(), bf16[name].astype(np.float64).ravel()
+        assert a @ b / np.sqrt((a @ a) * (b @ b)) > 0.999, name
+        assert np.linalg.norm(b) == pytest.approx(np.linalg.norm(a), rel=0.02), name
+
+
+def test_bf16_does_not_depend_on_the_threads() -> None:
+    tokens, targets = batch(QK_NORM, 2, 33)
+    before, results = lib.anellm_get_threads(), []
+    for threads in (1, 2, 3):
+        check(lib.anellm_set_threads(threads))
+        model = Model(QK_NORM, seed=6)
+        check(lib.anellm_model_set_dtype(model._pointer, lib.ANELLM_DTYPE_BF16))
+        results.append((model.forward(tokens, targets), model.backward(), gradients(model)))
+    check(lib.anellm_set_threads(before))
+    for loss, _, grads in results[1:]:
+        assert loss == results[0][0]
+        assert all(np.array_equal(grads[name], g) for name, g in results[0][2].items())
+
+
+def test_setting_the_dtype() -> None:
+    model = Model(GQA, seed=1)
+    tokens, targets = batch(GQA, 1, 8)
+    with pytest.raises(errors.InvalidError, match=r"dtype = 2, must be 0 \(fp32\) or 1 \(bf16\)"):
+        check(lib.anellm_model_set_dtype(model._pointer, 2))
+    model.forward(tokens, targets)
+    check(lib.anellm_model_set_dtype(model._pointer, lib.ANELLM_DTYPE_FP32))
+    model.backward()
+    model.forward(tokens, targets)
+    check(lib.anellm_model_set_dtype(model._pointer, lib.ANELLM_DTYPE_BF16))
+    with pytest.raises(errors.InvalidError, match="no training forward"):
+        model.backward()

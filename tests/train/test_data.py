@@ -225,7 +225,7 @@ def test_chunked_scans_equal_whole_ones(tmp_path: Path, monkeypatch: pytest.Monk
     text.write_text("the cat\n<|endoftext|>\nsat on the mat, naïve.\n<|endoftext|>\na rat\n", encoding="utf-8")
     whole = TokenDataset.from_file(text, tokenizer=tokenizer)
     for chunk in (1, 2, 3, 7):
-        monkeypatch.setattr(anellm.data, "_CHUNK", chunk)
+        monkeypatch.setattr(anellm.data, "CHUNK", chunk)
         parts = TokenDataset(whole.tokens, tokenizer=tokenizer)
         assert parts.sha256 == hashlib.sha256(whole.tokens.tobytes()).hexdigest()
         assert (
@@ -290,8 +290,9 @@ def test_bad_texts_and_paths(tmp_path: Path, tokenizer: Tokenizer) -> None:
         TokenDataset.from_file(path, tokenizer=tokenizer)
     with pytest.raises(DataError, match="cannot open the data: No such file"):
         TokenDataset.from_file(tmp_path / "none.bin")
-    with pytest.raises(DataError, match="not a plain file"):
-        TokenDataset.from_file(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="expected a folder with data"):
+        TokenDataset.from_file(tmp_path / "folder")
     with pytest.raises(InvalidError, match="expected one of uint16, int32, uint32, found 'int8'"):
         TokenDataset.from_file(path, "int8")
     with pytest.raises(InvalidError, match="expected a 1-D array"):

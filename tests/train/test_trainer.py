@@ -294,7 +294,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def damaged_states() -> Iterator[dict[str, Any]]:
-    good = TrainState(step=3, best_val_loss=1.5, best_step=2, data_sha256="x").to_dict()
+    good = TrainState(step=3, optimizer_step=3, best_val_loss=1.5, best_step=2, data_sha256="0" * 64).to_dict()
+    assert TrainState.from_dict(good, "x").step == 3
     yield {key: value for key, value in good.items() if key != "tokens"}
     yield {**good, "extra": 1}
     yield {**good, "step": -1}
@@ -303,14 +304,27 @@ def damaged_states() -> Iterator[dict[str, Any]]:
     yield {**good, "step": None}
     yield {**good, "best_step": "2"}
     yield {**good, "data_sha256": 3}
+    yield {**good, "data_sha256": "x"}
+    yield {**good, "tokens": 10**30}
+    yield {**good, "seconds": 10**400}
+    yield {**good, "seconds": float("nan")}
+    yield {**good, "seconds": -1.0}
+    yield {**good, "val_loss": float("inf")}
+    yield {**good, "val_loss": "x" * 10_000}
+    yield {**good, "optimizer_step": 2}
+    yield {**good, "optimizer_step": 2, "skipped_steps": 1, "bad_steps": 2}
+    yield {**good, "best_step": 4}
+    yield {**good, "best_step": None}
 
 
 def test_the_state_travels_as_json() -> None:
-    state = TrainState(step=3, tokens=7, best_val_loss=1.5, best_step=2, val_loss=2.0, seconds=1.25, data_sha256="x")
+    state = TrainState(step=3, tokens=7, best_val_loss=1.5, best_step=2, val_loss=2.0, seconds=1.25)
+    state.optimizer_step, state.data_sha256 = 3, "0" * 64
     assert TrainState.from_dict(state.to_dict(), "x") == state
 
 
 @pytest.mark.parametrize("values", list(damaged_states()))
 def test_a_damaged_state_is_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=r"state\.json"):
+    with pytest.raises(CheckpointError, match=r"state\.json") as caught:
         TrainState.from_dict(values, "state.json")
+    assert len(str(caught.value)) < 400

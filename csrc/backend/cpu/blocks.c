@@ -1,8 +1,10 @@
 /* The blocks on the CPU, from the kernels of csrc/kernels. Shapes: N = B*T, qkv_dim = q_dim + 2 kv_dim. */
 #include "backend/backend.h"
 #include "core/status.h"
+#include "core/threads.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 static int cpu_open(void **state, const anellm_config *config) {
@@ -66,6 +68,13 @@ static int qk_norm_backward(float *dqk, int64_t ld, const struct anellm_layer_we
     return ANELLM_OK;
 }
 
+/* The matrix product in the step's precision. */
+static int multiply(const struct anellm_step *step, float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a,
+                    const float *B, int64_t ld_b, int trans_b, int64_t M, int64_t N, int64_t K, int accumulate) {
+    return (step->dtype == ANELLM_DTYPE_BF16 ? anellm_matmul_bf16 : anellm_matmul)(C, ld_c, A, ld_a, trans_a, B, ld_b,
+                                                                                   trans_b, M, N, K, accumulate);
+}
+
 /* mid (N, dim) = x + attention(rope(norm(x) Wqkvᵀ)) Woᵀ */
 static int cpu_attention_forward(void *state, const struct anellm_step *step, float *mid,
                                  const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
@@ -76,7 +85,7 @@ static int cpu_attention_forward(void *state, const struct anellm_step *step, fl
     float *h = step->workspace->h, *qkv = saved->qkv;
 
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, saved->attn_rstd, saved->x, dim, w->attn_norm, N, dim, c->norm_eps));
-    ANELLM_TRY(anellm_matmul(qkv, qkv_dim, h, dim, 0, w->qkv, dim, 1, N, qkv_dim, dim, 0));
+    ANELLM_TRY(multiply(step, qkv, qkv_dim, h, dim, 0, w->qkv, dim, 1, N, qkv_dim, dim, 0));
     if (c->qk_norm) {
         for (int64_t i = 0; i < N; ++i) copy_rows(saved->qk_raw + i * (q + kv), qkv + i * qkv_dim, q + kv);
         ANELLM_TRY(qk_norm_forward(qkv, qkv_dim, saved->qk_rstd, c, N, w));
@@ -87,7 +96,7 @@ static int cpu_attention_forward(void *state, const struct anellm_step *step, fl
     const anellm_attention_shape shape = attention_shape(c, step->B, step->T);
     ANELLM_TRY(anellm_attention_forward(saved->attn, saved->lse, qkv, qkv + q, qkv + q + kv, &shape));
     copy_rows(mid, saved->x, N * dim);
-    return anellm_matmul(mid, dim, saved->attn, q, 0, w->wo, q, 1, N, dim, q, 1);
+    return multiply(step, mid, dim, saved->attn, q, 0, w->wo, q, 1, N, dim, q, 1);
 }
 
 static int cpu_attention_backward(void *state, const struct anellm_step *step, float *dx,
@@ -100,8 +109,8 @@ static int cpu_attention_backward(void *state, const struct anellm_step *step, f
     float *h = step->workspace->h, *dqkv = step->workspace->scratch_a, *dattn = step->workspace->scratch_b;
     const float *qkv = saved->qkv;
 
-    ANELLM_TRY(anellm_matmul(dw->wo, q, dx, dim, 1, saved->attn, q, 0, dim, q, N, step->accumulate));
-    ANELLM_TRY(anellm_matmul(dattn, q, dx, dim, 0, w->wo, q, 0, N, q, dim, 0));
+    ANELLM_TRY(multiply(step, dw->wo, q, dx, dim, 1, saved->attn, q, 0, dim, q, N, step->accumulate));
+    ANELLM_TRY(multiply(step, dattn, q, dx, dim, 0, w->wo, q, 0, N, q, dim, 0));
     const anellm_attention_shape shape = attention_shape(c, step->B, step->T);
     ANELLM_TRY(anellm_attention_backward(dqkv, dqkv + q, dqkv + q + kv, dattn, saved->attn, saved->lse, qkv, qkv + q,
                                          qkv + q + kv, &shape));
@@ -110,8 +119,8 @@ static int cpu_attention_backward(void *state, const struct anellm_step *step, f
     if (c->qk_norm) ANELLM_TRY(qk_norm_backward(dqkv, qkv_dim, dw, c, N, w, saved));
     /* The normed input is cheaper to compute again than to keep. */
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, saved->x, dim, w->attn_norm, N, dim, c->norm_eps));
-    ANELLM_TRY(anellm_matmul(dw->qkv, dim, dqkv, qkv_dim, 1, h, dim, 0, qkv_dim, dim, N, step->accumulate));
-    ANELLM_TRY(anellm_matmul(h, dim, dqkv, qkv_dim, 0, w->qkv, dim, 0, N, dim, qkv_dim, 0));
+    ANELLM_TRY(multiply(step, dw->qkv, dim, dqkv, qkv_dim, 1, h, dim, 0, qkv_dim, dim, N, step->accumulate));
+    ANELLM_TRY(multiply(step, h, dim, dqkv, qkv_dim, 0, w->qkv, dim, 0, N, dim, qkv_dim, 0));
     return anellm_rmsnorm_backward(dx, dim, dw->attn_norm, h, dim, saved->x, dim, w->attn_norm, saved->attn_rstd, N,
                                    dim, 1);
 }
@@ -125,10 +134,10 @@ static int cpu_mlp_forward(void *state, const struct anellm_step *step, float *o
     float *h = step->workspace->h, *act = step->workspace->scratch_a;
 
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, saved->mlp_rstd, saved->mid, dim, w->mlp_norm, N, dim, c->norm_eps));
-    ANELLM_TRY(anellm_matmul(saved->gate_up, 2 * hidden, h, dim, 0, w->gate_up, dim, 1, N, 2 * hidden, dim, 0));
+    ANELLM_TRY(multiply(step, saved->gate_up, 2 * hidden, h, dim, 0, w->gate_up, dim, 1, N, 2 * hidden, dim, 0));
     ANELLM_TRY(anellm_swiglu_forward(act, saved->gate_up, N, hidden));
     copy_rows(out, saved->mid, N * dim);
-    return anellm_matmul(out, dim, act, hidden, 0, w->down, hidden, 1, N, dim, hidden, 1);
+    return multiply(step, out, dim, act, hidden, 0, w->down, hidden, 1, N, dim, hidden, 1);
 }
 
 static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *dx,
@@ -140,20 +149,21 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
     float *h = step->workspace->h, *act = step->workspace->scratch_a, *dact = act, *dgate_up = saved->gate_up;
 
     ANELLM_TRY(anellm_swiglu_forward(act, saved->gate_up, N, hidden));
-    ANELLM_TRY(anellm_matmul(dw->down, hidden, dx, dim, 1, act, hidden, 0, dim, hidden, N, step->accumulate));
-    ANELLM_TRY(anellm_matmul(dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
+    ANELLM_TRY(multiply(step, dw->down, hidden, dx, dim, 1, act, hidden, 0, dim, hidden, N, step->accumulate));
+    ANELLM_TRY(multiply(step, dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
     ANELLM_TRY(anellm_swiglu_backward(dgate_up, dact, saved->gate_up, N, hidden));
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, saved->mid, dim, w->mlp_norm, N, dim, c->norm_eps));
-    ANELLM_TRY(anellm_matmul(dw->gate_up, dim, dgate_up, 2 * hidden, 1, h, dim, 0, 2 * hidden, dim, N,
+    ANELLM_TRY(multiply(step, dw->gate_up, dim, dgate_up, 2 * hidden, 1, h, dim, 0, 2 * hidden, dim, N,
                              step->accumulate));
-    ANELLM_TRY(anellm_matmul(h, dim, dgate_up, 2 * hidden, 0, w->gate_up, dim, 0, N, dim, 2 * hidden, 0));
+    ANELLM_TRY(multiply(step, h, dim, dgate_up, 2 * hidden, 0, w->gate_up, dim, 0, N, dim, 2 * hidden, 0));
     return anellm_rmsnorm_backward(dx, dim, dw->mlp_norm, h, dim, saved->mid, dim, w->mlp_norm, saved->mlp_rstd, N,
                                    dim, 1);
 }
 
-static int head_logits(float *logits, const anellm_config *c, const float *h, int64_t rows,
+static int head_logits(float *logits, const struct anellm_step *step, const float *h, int64_t rows,
                        const struct anellm_head_weights *w) {
-    return anellm_matmul(logits, c->vocab_size, h, c->dim, 0, w->classifier, c->dim, 1, rows, c->vocab_size, c->dim, 0);
+    const anellm_config *c = step->config;
+    return multiply(step, logits, c->vocab_size, h, c->dim, 0, w->classifier, c->dim, 1, rows, c->vocab_size, c->dim, 0);
 }
 
 static int cpu_classifier_forward(void *state, const struct anellm_step *step, float *losses, float *logits,
@@ -167,7 +177,7 @@ static int cpu_classifier_forward(void *state, const struct anellm_step *step, f
     if (targets == NULL && logits == NULL) return ANELLM_OK;
     for (int64_t row = 0; row < N; row += saved->chunk_rows) {
         const int64_t rows = N - row < saved->chunk_rows ? N - row : saved->chunk_rows;
-        ANELLM_TRY(head_logits(saved->logits, c, saved->h + row * dim, rows, w));
+        ANELLM_TRY(head_logits(saved->logits, step, saved->h + row * dim, rows, w));
         if (logits != NULL) copy_rows(logits + row * vocab, saved->logits, rows * vocab);
         if (targets != NULL)
             ANELLM_TRY(anellm_cross_entropy_forward(losses + row, saved->lse + row, saved->logits, vocab, targets + row,
@@ -188,35 +198,68 @@ static int cpu_classifier_backward(void *state, const struct anellm_step *step, 
         const int64_t rows = N - row < saved->chunk_rows ? N - row : saved->chunk_rows;
         const float *h = saved->h + row * dim;
         /* With a single chunk the logits of forward are still there. */
-        if (saved->chunk_rows < N) ANELLM_TRY(head_logits(saved->logits, c, h, rows, w));
+        if (saved->chunk_rows < N) ANELLM_TRY(head_logits(saved->logits, step, h, rows, w));
         ANELLM_TRY(anellm_cross_entropy_backward(dlogits, vocab, saved->logits, vocab, saved->lse + row, targets + row,
                                                  rows, vocab, scale));
-        ANELLM_TRY(anellm_matmul(dh + row * dim, dim, dlogits, vocab, 0, w->classifier, dim, 0, rows, dim, vocab, 0));
-        ANELLM_TRY(anellm_matmul(dw->classifier, dim, dlogits, vocab, 1, h, dim, 0, vocab, dim, rows,
+        ANELLM_TRY(multiply(step, dh + row * dim, dim, dlogits, vocab, 0, w->classifier, dim, 0, rows, dim, vocab, 0));
+        ANELLM_TRY(multiply(step, dw->classifier, dim, dlogits, vocab, 1, h, dim, 0, vocab, dim, rows,
                                  step->accumulate || row > 0));
     }
     return anellm_rmsnorm_backward(dx, dim, dw->norm, dh, dim, saved->x, dim, w->norm, saved->rstd, N, dim, 0);
 }
 
-int anellm_cpu_attention_decode(const anellm_config *c, float *x, float *k_cache, float *v_cache, int64_t start,
-                                int64_t n, const float *rope_cos, const float *rope_sin, float *scratch, float *lse,
-                                const struct anellm_layer_weights *w) {
+struct decode_heads {
+    const anellm_config *config;
+    float *attn;                  /* (n, q_dim) */
+    const float *qkv, *k, *v;
+    int64_t start, n, max_tokens;
+    int64_t together;             /* query heads of a piece: those that share keys, or one */
+    atomic_int status;
+};
+
+/* Keys and values of a head lie behind each other in the cache, so each piece reads two straight lines of memory. */
+static void decode_heads_body(void *context, int64_t begin, int64_t end) {
+    struct decode_heads *d = context;
+    const anellm_config *c = d->config;
+    const int64_t group = c->n_heads / c->n_kv_heads;
+    anellm_attention_shape shape = attention_shape(c, 1, d->n);
+    shape.Tk = d->start + d->n;
+    shape.n_heads = d->together;
+    shape.n_kv_heads = 1;
+    shape.ld_k = shape.ld_v = c->head_dim;
+    for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t head = piece * d->together, kv = head / group * d->max_tokens * c->head_dim;
+        const int status = anellm_attention_forward(d->attn + head * c->head_dim, NULL, d->qkv + head * c->head_dim,
+                                                    d->k + kv, d->v + kv, &shape);
+        if (status != ANELLM_OK) atomic_store(&d->status, status);
+    }
+}
+
+int anellm_cpu_attention_decode(const anellm_config *c, float *x, float *k_cache, float *v_cache, int64_t max_tokens,
+                                int64_t start, int64_t n, const float *rope_cos, const float *rope_sin, float *scratch,
+                                const struct anellm_layer_weights *w, const struct anellm_matrix *w_qkv,
+                                const struct anellm_matrix *w_o) {
     const int64_t dim = c->dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c), qkv_dim = q + 2 * kv;
     float *h = scratch, *qkv = h + n * dim, *attn = qkv + n * qkv_dim;
 
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, x, dim, w->attn_norm, n, dim, c->norm_eps));
-    ANELLM_TRY(anellm_matmul(qkv, qkv_dim, h, dim, 0, w->qkv, dim, 1, n, qkv_dim, dim, 0));
+    ANELLM_TRY(anellm_matrix_multiply(qkv, qkv_dim, h, dim, w_qkv, n, 0));
     if (c->qk_norm) ANELLM_TRY(qk_norm_forward(qkv, qkv_dim, NULL, c, n, w));
     ANELLM_TRY(anellm_rope_forward(qkv, qkv_dim, rope_cos, rope_sin, 1, n, c->n_heads + c->n_kv_heads, c->head_dim));
     for (int64_t i = 0; i < n; ++i) {
-        copy_rows(k_cache + (start + i) * kv, qkv + i * qkv_dim + q, kv);
-        copy_rows(v_cache + (start + i) * kv, qkv + i * qkv_dim + q + kv, kv);
+        const float *k = qkv + i * qkv_dim + q, *v = k + kv;
+        for (int64_t head = 0; head < c->n_kv_heads; ++head) {
+            const int64_t to = (head * max_tokens + start + i) * c->head_dim;
+            copy_rows(k_cache + to, k + head * c->head_dim, c->head_dim);
+            copy_rows(v_cache + to, v + head * c->head_dim, c->head_dim);
+        }
     }
-    anellm_attention_shape shape = attention_shape(c, 1, n);
-    shape.Tk = start + n;
-    shape.ld_k = shape.ld_v = kv;
-    ANELLM_TRY(anellm_attention_forward(attn, lse, qkv, k_cache, v_cache, &shape));
-    return anellm_matmul(x, dim, attn, q, 0, w->wo, q, 1, n, dim, q, 1);
+    struct decode_heads heads = {.config = c, .attn = attn, .qkv = qkv, .k = k_cache, .v = v_cache, .start = start,
+                                 .n = n, .max_tokens = max_tokens, .together = n == 1 ? c->n_heads / c->n_kv_heads : 1};
+    anellm_parallel_for(c->n_heads / heads.together, 1, decode_heads_body, &heads);
+    const int status = atomic_load(&heads.status);
+    if (status != ANELLM_OK) return anellm_fail_in(__func__, status, "no memory for scratch");
+    return anellm_matrix_multiply(x, dim, attn, q, w_o, n, 1);
 }
 
 const struct anellm_backend anellm_backend_cpu = {.name = "cpu",
