@@ -8,7 +8,7 @@
 
 #define TARGET ANELLM_TARGET_AVX512
 #define INLINE TARGET static inline __attribute__((always_inline))
-enum { K_PER_STEP = 1, PREFETCH_EVERY = 8, C_EVERY = 4 };
+enum { K_PER_STEP = 1, PREFETCHES = 1 };
 
 INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);

@@ -9,7 +9,7 @@
 
 #define TARGET ANELLM_TARGET_AVX512BF16
 #define INLINE TARGET static inline __attribute__((always_inline))
-enum { K_PER_STEP = 2, PREFETCH_EVERY = 4, C_EVERY = 4 };
+enum { K_PER_STEP = 2, PREFETCHES = 2 };
 
 INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
