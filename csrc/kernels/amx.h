@@ -21,15 +21,15 @@ enum { AMX_TILES = 8, AMX_ROWS = 16, AMX_ROW_BYTES = 64 };
 #define AMX_STATE (void)0
 
 ANELLM_TARGET_AMX static inline void amx_configure(void) {
-    struct {
+    /* A constant, not built on the stack: GCC's _tile_loadconfig tells the compiler of its first 8 bytes only, so that
+     * stores to the others may be left out. */
+    static const struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } config __attribute__((aligned(64))) = {.palette = 1};
-    for (int i = 0; i < AMX_TILES; i++) {
-        config.row_bytes[i] = AMX_ROW_BYTES;
-        config.rows[i] = AMX_ROWS;
-    }
+    } config __attribute__((aligned(64))) = {.palette = 1,
+                                             .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+                                             .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&config);
 }
 
