@@ -154,20 +154,21 @@ typedef struct {
 int anellm_params_count(int64_t *n_tensors, int64_t *n_floats, const anellm_config *config);
 int anellm_params_info(anellm_tensor_info *info, const anellm_config *config, int64_t index);
 
+/* What forward and backward multiply matrices with: fp32 (the default), or inputs rounded to bf16 with fp32 sums, and
+ * the largest of the kept activations rounded as well. Parameters, gradients, moments and all else are fp32. */
+enum anellm_dtype { ANELLM_DTYPE_FP32 = 0, ANELLM_DTYPE_BF16 = 1 };
 typedef struct {
     int64_t params_bytes, grads_bytes, moments_bytes;
     int64_t activations_bytes;                    /* kept from forward to backward */
     int64_t workspace_bytes;                      /* scratch that is reused inside a step */
     int64_t total_bytes;
 } anellm_memory_info;
-int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t B, int64_t T, int training);
+int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t B, int64_t T, int training, int dtype);
 
 typedef struct anellm_model anellm_model;
 int anellm_model_create(anellm_model **model, const anellm_config *config, const char *device);
 void anellm_model_free(anellm_model *model);
-/* What forward and backward multiply matrices with: fp32 (the default), or inputs rounded to bf16 with fp32 sums.
- * Parameters, gradients, moments and all else stay fp32. A forward that is not gone back through yet is forgotten. */
-enum anellm_dtype { ANELLM_DTYPE_FP32 = 0, ANELLM_DTYPE_BF16 = 1 };
+/* A forward that is not gone back through yet is forgotten. */
 int anellm_model_set_dtype(anellm_model *model, int dtype);
 int anellm_model_init(anellm_model *model, uint64_t seed, float std); /* normal(0, std); Wo and W2 by 1/sqrt(2 L) */
 int anellm_model_enable_training(anellm_model *model);                /* commits gradients and moments, zeroed */

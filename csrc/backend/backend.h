@@ -44,7 +44,8 @@ struct anellm_layer_saved {
     float *attn;       /* (N, q_dim) output of attention before wo */
     float *mid;        /* (N, dim) input of the mlp block */
     float *mlp_rstd;   /* (N) */
-    float *gate_up;    /* (N, 2 hidden_dim); backward overwrites it */
+    float *gate_up;    /* (N, 2 hidden_dim); backward overwrites it; NULL where the bf16 form is kept */
+    uint16_t *gate_up_bf16;
 };
 struct anellm_head_saved {
     float *x;          /* (N, dim) input of the final norm */
@@ -60,6 +61,7 @@ struct anellm_workspace {
     float *h;          /* (N, dim) */
     float *scratch_a;  /* (N, hidden_dim), or in training (N, max(hidden_dim, q_dim + 2 kv_dim)) */
     float *scratch_b;  /* (N, q_dim); training only */
+    float *gate_up;    /* (N, 2 hidden_dim); only where a layer keeps gate_up_bf16 */
 };
 
 struct anellm_step {

@@ -20,8 +20,8 @@
 #include "kernels/rope.h"
 #include "kernels/swiglu.h"
 
-/* Every variant: its name and its rank; each name is a tier as well. A tier uses, for each kernel, the variant of the highest rank that does not
- * exceed the tier's and whose features the machine has. */
+/* Every variant: its name and its rank; each name is a tier as well. A tier uses, for each kernel, the variant of the
+ * highest rank that does not exceed the tier's and whose features the machine has. */
 enum anellm_variant_rank {
     ANELLM_RANK_portable = 0,
     ANELLM_RANK_neon = 1,

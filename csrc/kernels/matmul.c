@@ -16,8 +16,8 @@ enum { MIN_TILES = 16, TILES_PER_THREAD = 4, MIN_PARALLEL_WORK = 1 << 17 };
 struct product {
     const struct matmul_engine *engine;
     float *C;
-    const float *A, *B;
-    int64_t ld_c, ld_a, ld_b;
+    const float *A, *B, *residual; /* residual: what C starts from, or NULL; accumulate is then set */
+    int64_t ld_c, ld_a, ld_b, ld_residual;
     int k_contiguous_a, k_contiguous_b, accumulate;
     int64_t M, N, K, kc;
     /* The block in work: rows m0 .. m0 + ms - 1, columns n0 .., k0 ..; cut into tiles of mt rows and nt columns. */
@@ -113,9 +113,16 @@ static struct matmul_ahead what_is_next(const struct product *p, int64_t i, int6
     return look_ahead(p->C, p->ld_c, 1, i, 1, 0, 1); /* packed already: a line that is there anyway */
 }
 
+/* C starts from the residual. Done tile by tile, so that the copy is still in a cache when the sums are added to it. */
+static void copy_residual(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
+    for (; i < i_end; i++)
+        memcpy(p->C + i * p->ld_c + j, p->residual + i * p->ld_residual + j, (size_t)(j_end - j) * sizeof(float));
+}
+
 /* One tile over the block of k in work. Rows i .., columns j .. of C; shared panels start at m0, n0, k0. */
 static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
     const struct matmul_engine *engine = p->engine;
+    if (p->residual != NULL && p->k0 == 0) copy_residual(p, i, i_end, j, j_end);
     int64_t kc_max = min64(p->kc, p->ks), rows = min64(round_up(ROWS_IN_CACHE, engine->mr), i_end - i);
     size_t bytes_a = p->shared_a != NULL ? 0 : panel_bytes(engine, rows, engine->mr, kc_max);
     size_t bytes_b = p->shared_b != NULL ? 0 : panel_bytes(engine, j_end - j, engine->nr, kc_max);
@@ -299,6 +306,7 @@ static void multiply_serial(struct product *p) {
 static int prepare(struct product *p) {
     if (p->M <= 0 || p->N <= 0) return 0;
     if (p->K > 0) return 1;
+    if (p->residual != NULL) copy_residual(p, 0, p->M, 0, p->N);
     for (int64_t i = 0; i < p->M && !p->accumulate; i++) memset(p->C + i * p->ld_c, 0, (size_t)p->N * sizeof(float));
     return 0;
 }
@@ -332,6 +340,7 @@ static int multiply(const char *function, struct product *p) {
     if (!prepare(p)) return ANELLM_OK;
     if (is_small(p)) {
         p->engine = anellm_kernels()->matmul_engine();
+        if (p->residual != NULL) copy_residual(p, 0, p->M, 0, p->N);
         /* Pieces of 64 Ki values of B; not less than a cache line of columns where B lies along N. */
         const int64_t grain = (1 << 16) / K / 64 * 64;
         anellm_parallel_for(N, grain < 64 ? 64 : grain, small_body, p);
@@ -358,6 +367,16 @@ int anellm_matmul_bf16(float *C, int64_t ld_c, const float *A, int64_t ld_a, int
     struct product p = {.engine = anellm_kernels()->matmul_bf16_engine(), .C = C, .A = A, .B = B, .ld_c = ld_c,
                         .ld_a = ld_a, .ld_b = ld_b, .k_contiguous_a = !trans_a, .k_contiguous_b = trans_b != 0,
                         .accumulate = accumulate, .M = M, .N = N, .K = K};
+    return multiply(__func__, &p);
+}
+
+int anellm_matmul_residual(float *C, int64_t ld_c, const float *residual, int64_t ld_residual, const float *A,
+                           int64_t ld_a, const float *B, int64_t ld_b, int64_t M, int64_t N, int64_t K, int bf16) {
+    const struct anellm_kernels *kernels = anellm_kernels();
+    struct product p = {.engine = bf16 ? kernels->matmul_bf16_engine() : kernels->matmul_engine(), .C = C, .A = A,
+                        .B = B, .residual = residual, .ld_c = ld_c, .ld_a = ld_a, .ld_b = ld_b,
+                        .ld_residual = ld_residual, .k_contiguous_a = 1, .k_contiguous_b = 1, .accumulate = 1, .M = M,
+                        .N = N, .K = K};
     return multiply(__func__, &p);
 }
 

@@ -9,8 +9,8 @@
  * "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
  *
  * anellm_matmul_bf16 is the same product with the values of A and B rounded to bf16 (to nearest, ties to even) on their
- * way into the panels; sums and C are fp32. Each product is then off by at most 2^-7 of its size (and 2^-16). Engines differ: some
- * round once per pair of products, and bf16 units take subnormal inputs and sums for zero. Few rows (M <=
+ * way into the panels; sums and C are fp32. Each product of two values is then off by at most 2^-7 + 2^-16 of its size.
+ * Engines differ in how they round sums, and bf16 units take subnormal inputs and sums for zero. Few rows (M <=
  * ANELLM_MATMUL_SMALL, A not transposed) wait for memory anyway and are multiplied in fp32, without rounding. */
 #ifndef ANELLM_KERNELS_MATMUL_H
 #define ANELLM_KERNELS_MATMUL_H
@@ -23,8 +23,9 @@
 enum { ANELLM_SCRATCH_MATMUL_OWN = 1, ANELLM_SCRATCH_MATMUL_SHARED = 2 };
 
 /* Cache lines that will be read soon: `rows` pieces of `row_lines` lines, the pieces `stride` bytes apart. A tile asks
- * for one of them every few steps of k, so that the memory system works while the arithmetic units do. Addresses may lie
- * beyond the matrix, which a prefetch does not mind. */
+ * for one of them every few steps of k, so that memory works while the arithmetic units do: packing reads short pieces
+ * of many rows, which the hardware does not foresee. Addresses may lie beyond the matrix, which a prefetch does not
+ * mind. */
 struct matmul_ahead {
     uintptr_t row;
     int64_t rows, row_lines, stride, line;
@@ -68,6 +69,11 @@ enum { ANELLM_MATMUL_SMALL = 4 };
 
 typedef const struct matmul_engine *matmul_engine_fn(void);      /* of anellm_matmul */
 typedef const struct matmul_engine *matmul_bf16_engine_fn(void); /* of anellm_matmul_bf16 */
+
+/* C = residual + A Bᵀ, with A (M, K), B (N, K), residual (M, N), which must not overlap C; the product of anellm_matmul
+ * or, with `bf16`, of anellm_matmul_bf16. */
+int anellm_matmul_residual(float *C, int64_t ld_c, const float *residual, int64_t ld_residual, const float *A,
+                           int64_t ld_a, const float *B, int64_t ld_b, int64_t M, int64_t N, int64_t K, int bf16);
 
 /* anellm_matmul on this thread alone and without checks, for use inside other kernels. Sizes may be zero. */
 void anellm_matmul_serial(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B,

@@ -69,9 +69,9 @@ ANELLM_TARGET_AVX2 static void tile__avx2(float *c, int64_t ld_c, const void *a,
 #define TILE(n)                                                                                                        \
     case n:                                                                                                            \
         if (cols > 8)                                                                                                  \
-            tile(c, ld_c, a, b, cols, kc, accumulate, next, n, 2);                                                           \
+            tile(c, ld_c, a, b, cols, kc, accumulate, next, n, 2);                                                     \
         else                                                                                                           \
-            tile(c, ld_c, a, b, cols, kc, accumulate, next, n, 1);                                                           \
+            tile(c, ld_c, a, b, cols, kc, accumulate, next, n, 1);                                                     \
         break
     switch (rows) {
         TILE(6);

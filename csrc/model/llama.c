@@ -157,7 +157,8 @@ static float *carve(char *base, int64_t *offset, int64_t n_floats) {
 }
 
 /* Lay the activations out from `base`; with base == NULL only the sizes are of use. */
-static void make_plan(struct plan *plan, char *base, const anellm_config *c, int64_t B, int64_t T, int training) {
+static void make_plan(struct plan *plan, char *base, const anellm_config *c, int64_t B, int64_t T, int training,
+                      int dtype) {
     const int64_t N = B * T, dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
     memset(plan, 0, sizeof *plan);
     int64_t at = 0;
@@ -173,7 +174,12 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     s->attn = carve(base, &at, N * q);
     s->mid = carve(base, &at, N * dim);
     s->mlp_rstd = carve(base, &at, N);
-    s->gate_up = carve(base, &at, N * 2 * hidden);
+    /* The largest of the taps, kept as small as the products' inputs are. A number is rounded once. */
+    const int keep_bf16 = training && dtype == ANELLM_DTYPE_BF16;
+    if (keep_bf16)
+        s->gate_up_bf16 = (uint16_t *)carve(base, &at, N * hidden);
+    else
+        s->gate_up = carve(base, &at, N * 2 * hidden);
     if (training) {
         plan->layer_stride = at / (int64_t)sizeof(float);
         at *= c->n_layers;
@@ -196,6 +202,7 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     if (training) {
         plan->workspace.scratch_b = carve(base, &at, N * q);
         plan->dx = carve(base, &at, N * dim);
+        if (keep_bf16) plan->workspace.gate_up = carve(base, &at, N * 2 * hidden);
     }
     plan->scratch_bytes = at - plan->kept_bytes;
 }
@@ -207,13 +214,14 @@ static struct anellm_layer_saved layer_saved(const struct plan *plan, int64_t la
                             &s.gate_up};
     for (size_t i = 0; i < sizeof taps / sizeof taps[0]; ++i)
         if (*taps[i] != NULL) *taps[i] += shift;
+    if (s.gate_up_bf16 != NULL) s.gate_up_bf16 += 2 * shift;
     return s;
 }
 
 static void llama_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *c, int64_t B, int64_t T,
-                              int training) {
+                              int training, int dtype) {
     struct plan plan;
-    make_plan(&plan, NULL, c, B, T, training);
+    make_plan(&plan, NULL, c, B, T, training, dtype);
     *kept_bytes = plan.kept_bytes;
     *scratch_bytes = plan.scratch_bytes;
 }
@@ -238,7 +246,7 @@ static int llama_forward(anellm_model *model, float *losses, float *logits, cons
     const struct anellm_backend *backend = model->backend;
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
     struct plan plan;
-    make_plan(&plan, model->activations.base, c, model->B, model->T, training);
+    make_plan(&plan, model->activations.base, c, model->B, model->T, training, model->dtype);
     const struct anellm_step step = make_step(model, &plan);
 
     ANELLM_TRY(anellm_embedding_forward(plan.layers.x, params, tokens, model->B * model->T, c->dim, c->vocab_size));
@@ -273,7 +281,7 @@ static int llama_backward(anellm_model *model, const int32_t *tokens, const int3
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
     float *grads = anellm_model_section(model, ANELLM_SECTION_GRADS);
     struct plan plan;
-    make_plan(&plan, model->activations.base, c, model->B, model->T, 1);
+    make_plan(&plan, model->activations.base, c, model->B, model->T, 1, model->dtype);
     struct anellm_step step = make_step(model, &plan);
     step.accumulate = accumulate;
     if (!accumulate) zero_added_gradients(c, grads);

@@ -66,9 +66,12 @@ static int check_batch(const char *function, const anellm_config *config, int64_
     return ANELLM_OK;
 }
 
-int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t B, int64_t T, int training) {
+int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t B, int64_t T, int training,
+                  int dtype) {
     int64_t n_floats = 0;
     ANELLM_REQUIRE(info != NULL, "info is NULL");
+    ANELLM_REQUIRE(dtype == ANELLM_DTYPE_FP32 || dtype == ANELLM_DTYPE_BF16, "dtype = %d, must be 0 (fp32) or 1 (bf16)",
+                   dtype);
     ANELLM_TRY(anellm_params_count(NULL, &n_floats, config));
     ANELLM_TRY(check_batch(__func__, config, B, T));
     memset(info, 0, sizeof *info);
@@ -77,7 +80,8 @@ int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t
         info->grads_bytes = info->params_bytes;
         info->moments_bytes = 2 * info->params_bytes;
     }
-    anellm_arch_of(config)->activations(&info->activations_bytes, &info->workspace_bytes, config, B, T, training);
+    anellm_arch_of(config)->activations(&info->activations_bytes, &info->workspace_bytes, config, B, T, training,
+                                         dtype);
     info->total_bytes = info->params_bytes + info->grads_bytes + info->moments_bytes + info->activations_bytes +
                         info->workspace_bytes;
     return ANELLM_OK;
@@ -229,7 +233,7 @@ static float *batch_losses(const anellm_model *model) {
 
 static int reserve_step(anellm_model *model, int64_t B, int64_t T, int training) {
     int64_t kept = 0, scratch = 0;
-    model->arch->activations(&kept, &scratch, &model->config, B, T, training);
+    model->arch->activations(&kept, &scratch, &model->config, B, T, training, model->dtype);
     ANELLM_TRY(anellm_block_reserve(&model->activations, (size_t)(kept + scratch)));
     ANELLM_TRY(anellm_block_reserve(&model->batch, (size_t)(B * T) * (2 * sizeof(int32_t) + sizeof(float))));
     ANELLM_TRY(anellm_model_reserve_rope(model, T));

@@ -51,7 +51,7 @@ struct anellm_architecture {
     void (*tensor)(anellm_tensor_info *info, const anellm_config *config, int64_t index);
     /* Bytes of the activation block, split into what is kept for backward and what is scratch. */
     void (*activations)(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *config, int64_t B, int64_t T,
-                        int training);
+                        int training, int dtype);
     /* Standard deviation of tensor `index` at initialisation, in units of the base one; 0 means filled with ones. */
     float (*init_scale)(const anellm_config *config, int64_t index);
     int (*forward)(anellm_model *model, float *losses, float *logits, const int32_t *tokens, const int32_t *targets,

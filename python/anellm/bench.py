@@ -12,7 +12,7 @@ from anellm.bench_timing import BenchJob
 from anellm.cli import Result, Verb
 from anellm.compress import WEIGHTS
 from anellm.config import ModelConfig, preset_names
-from anellm.device import set_threads
+from anellm.device import DTYPES, set_threads
 from anellm.errors import ConfigError
 from anellm.options import CommonOptions, option
 
@@ -24,7 +24,6 @@ WHATS = {
     "load": "anellm.bench_load",
     "matmul-ladder": "anellm.bench_ladder",
 }
-DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)

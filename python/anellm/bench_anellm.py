@@ -8,20 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from anellm._ffi import check, lib, text
+from anellm._ffi import lib, text
 from anellm.config import ModelConfig
 from anellm.device import set_threads
 from anellm.model import Model
 from anellm.optim import AdamW
-
-_DTYPES = {"fp32": lib.ANELLM_DTYPE_FP32, "bf16": lib.ANELLM_DTYPE_BF16}
 
 
 def start(job: Mapping[str, Any]) -> tuple[Callable[[], float], dict[str, Any]]:
     """Return a training step, after writing the weights it starts from to the job's file for the peers."""
     set_threads(job["threads"])
     model = Model(ModelConfig.from_dict(job["config"]), seed=job["seed"])
-    check(lib.anellm_model_set_dtype(model._pointer, _DTYPES[job["dtype"]]))
+    model.set_dtype(job["dtype"])
     with Path(job["weights"]).open("wb") as file:
         for tensor in model.tensors:
             model.params[tensor.name].tofile(file)

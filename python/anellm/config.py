@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from anellm.device import DTYPES
 from anellm.errors import ConfigError
 from anellm.options import CommonOptions, check_config, check_keys, nearest, option
 
@@ -275,6 +276,12 @@ class TrainConfig(CommonOptions):
     batch_size: int = option(8, "sequences in a micro-step", low=1, high=2**20, group="optimization")
     seq_len: int | None = option(
         None, "tokens in a sequence [the model's longest, at most 1024]", low=1, high=2**24, group="optimization"
+    )
+    dtype: str = option(
+        "fp32",
+        "what matrix products multiply; sums, weights and moments are fp32 in any case",
+        choices=DTYPES,
+        group="optimization",
     )
     gradient_accumulation_steps: int = option(1, "micro-steps in a step", low=1, high=2**20, group="optimization")
     learning_rate: float | None = option(

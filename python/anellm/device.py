@@ -6,10 +6,13 @@ import functools
 import os
 import platform
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from anellm.errors import InvalidError, UnavailableError
 
 DEVICES = ("auto", "cpu", "ane")
+Dtype = Literal["fp32", "bf16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)  # what matrix products can multiply; in the order of enum anellm_dtype
 MAX_THREADS = 256
 
 
@@ -72,6 +75,32 @@ def configure() -> None:
     threads = environment_threads()
     if threads:
         check(lib.anellm_set_threads(threads))
+
+
+def cpu_variant() -> str:
+    """Return the tier of CPU kernels in force: "portable", "avx2", ... (docs/performance.md)."""
+    from anellm._ffi import lib, text
+
+    configure()
+    return text(lib.anellm_cpu_variant())
+
+
+def follow_cpu_variant(name: str) -> str | None:
+    """Use the tier that a run began with, so that it goes on exactly; return why not, or None.
+
+    ANELLM_CPU comes first: what the user forces stays in force.
+    """
+    from anellm._ffi import check, lib, text
+
+    found = cpu_variant()
+    if name == found:
+        return None
+    if os.environ.get("ANELLM_CPU", "").strip() not in ("", "auto"):
+        return f"CPU kernels: the run began with {name}, ANELLM_CPU asks for {found}"
+    if name not in text(lib.anellm_cpu_variants()).split(","):
+        return f"CPU kernels: the run began with {name}, which this machine lacks; it goes on with {found}"
+    check(lib.anellm_cpu_set_variant(name.encode()))
+    return None
 
 
 def set_threads(threads: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anellm import checkpoint, tokens
 from anellm.bpe_trainer import train_bpe_on
@@ -18,6 +18,9 @@ from anellm.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer_file
 from anellm.tokenizer_base import BaseTokenizer
 from anellm.trainer import default_seq_len
 from anellm.weights import find_tokenizer, load_pretrained
+
+if TYPE_CHECKING:
+    from anellm.device import Dtype
 
 DEFAULT_PRESET = "tiny"
 
@@ -141,7 +144,7 @@ def _open_data(
 def forecast(config: TrainConfig, shape: ModelConfig) -> tuple[Memory, dict[str, Any]]:
     """Return a run's memory, and with it what --dry-run reports."""
     seq_len = default_seq_len(config, shape.max_seq_len)
-    need = memory(shape, config.batch_size, seq_len, training=True)
+    need = memory(shape, config.batch_size, seq_len, training=True, dtype=cast("Dtype", config.dtype))
     tokens = config.batch_size * seq_len * config.gradient_accumulation_steps
     return need, {
         "model": shape.to_dict(),

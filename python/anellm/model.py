@@ -12,7 +12,7 @@ from anellm import errors
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
 from anellm.compress import RemainingParams, Weights, weights_kind
 from anellm.config import ModelConfig
-from anellm.device import configure, resolve_device
+from anellm.device import DTYPES, Dtype, configure, resolve_device
 from anellm.sample import BOS_ID, EOS_ID, Sampling, TokenStream, generate_stream
 
 IGNORE_INDEX: int = lib.ANELLM_IGNORE_INDEX
@@ -75,6 +75,12 @@ def _c_config(config: ModelConfig) -> Any:
     return c
 
 
+def _dtype_code(dtype: str) -> int:
+    if dtype not in DTYPES:
+        raise errors.InvalidError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    return DTYPES.index(dtype)
+
+
 def tensor_table(config: ModelConfig) -> list[TensorInfo]:
     """Return every parameter tensor of a model, in memory order.
 
@@ -94,7 +100,7 @@ def tensor_table(config: ModelConfig) -> list[TensorInfo]:
     return table
 
 
-def memory(config: ModelConfig, batch_size: int, seq_len: int, *, training: bool) -> Memory:
+def memory(config: ModelConfig, batch_size: int, seq_len: int, *, training: bool, dtype: Dtype = "fp32") -> Memory:
     """Return the memory that a model will take, without taking any.
 
     Args:
@@ -102,9 +108,10 @@ def memory(config: ModelConfig, batch_size: int, seq_len: int, *, training: bool
         batch_size: sequences (B) in a forward pass.
         seq_len: tokens (T) in each.
         training: count gradients, moments and what backward needs.
+        dtype: as for Model.set_dtype().
     """
     info = ffi.new("anellm_memory_info *")
-    check(lib.anellm_memory(info, _c_config(config), batch_size, seq_len, int(training)))
+    check(lib.anellm_memory(info, _c_config(config), batch_size, seq_len, int(training), _dtype_code(dtype)))
     return Memory(*(getattr(info, name) for name in Memory._fields))
 
 
@@ -164,6 +171,7 @@ class Model:
         self._handle = Handle(out[0], lib.anellm_model_free, "model")
         self.tensors = tensor_table(config)
         self.params = self._views(lib.anellm_model_params(self._pointer))
+        self.dtype: Dtype = "fp32"  # what forward() and backward() multiply: see set_dtype()
         self.weights: Weights = "fp32"  # what decode() reads: see compress()
         self._training_views: list[Mapping[str, FloatArray]] | None = None
         if seed is not None:
@@ -255,6 +263,22 @@ class Model:
         """Tell the model that its parameters were written to from outside; call it before the next forward()."""
         check(lib.anellm_model_weights_changed(self._pointer))
 
+    def set_dtype(self, dtype: Dtype) -> None:
+        """Choose what forward() and backward() multiply matrices with; a model starts with "fp32".
+
+        Parameters, gradients, moments and sums are fp32 in any case. On a CPU without a bf16 unit (tiers avx512bf16
+        and amx of ``anellm info``) bf16 saves memory, not time.
+
+        Args:
+            dtype: "fp32", or "bf16": inputs of matrix products, and the largest of the activations that are kept for
+                backward(), are rounded to bf16 (to nearest, ties to even; a number is off by at most 1/256).
+
+        Raises:
+            InvalidError: on another dtype.
+        """
+        check(lib.anellm_model_set_dtype(self._pointer, _dtype_code(dtype)))
+        self.dtype = dtype
+
     def compress(self, weights: Weights, *, release: bool = False) -> None:
         """Make compressed copies of the weights that decode() reads: it is faster by as much as they are smaller.
 
@@ -317,7 +341,7 @@ class Model:
 
     def memory(self, batch_size: int, seq_len: int, *, training: bool = True) -> Memory:
         """Return the memory that a pass over (batch_size, seq_len) tokens takes in all."""
-        return memory(self.config, batch_size, seq_len, training=training)
+        return memory(self.config, batch_size, seq_len, training=training, dtype=self.dtype)
 
     # ---- forward and backward -------------------------------------------------------------------------------------
 

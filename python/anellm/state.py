@@ -13,6 +13,8 @@ from anellm.errors import CheckpointError
 
 _MAX = 2**53  # the largest range in which JSON readers keep whole numbers exact
 _SHOWN = 100  # characters of a value in a message
+Name = str
+_NAME = re.compile(r"[a-z0-9]{1,32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,6 +36,7 @@ class TrainState:
         seconds: time spent training.
         data_sha256: of the training tokens.
         val_sha256: of the held-out tokens.
+        cpu_variant: the tier of CPU kernels, which decides on the last digits.
     """
 
     step: int = 0
@@ -47,6 +50,7 @@ class TrainState:
     seconds: float = 0.0
     data_sha256: str | None = None
     val_sha256: str | None = None
+    cpu_variant: Name | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON-serialisable values."""
@@ -69,7 +73,12 @@ class TrainState:
             if not _fits(value, hint):
                 text = repr(value)
                 text = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-                expected = {"int": "a whole number from 0", "float": "a finite number from 0", "str": "a SHA-256"}
+                expected = {
+                    "int": "a whole number from 0",
+                    "float": "a finite number from 0",
+                    "str": "a SHA-256",
+                    "Name": "a name",
+                }
                 kind, _, none = hint.partition(" | ")
                 raise CheckpointError(
                     f"{source}: {name}: expected {expected[kind]}{' or null' if none else ''}, found {text}"
@@ -98,7 +107,8 @@ def _fits(value: object, hint: str) -> bool:
     if value is None:
         return "None" in hint
     if isinstance(value, str):
-        return "str" in hint and _SHA256.fullmatch(value) is not None
+        pattern = _NAME if "Name" in hint else _SHA256 if "str" in hint else None
+        return pattern is not None and pattern.fullmatch(value) is not None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     if isinstance(value, int) and "int" in hint:

@@ -85,11 +85,16 @@ def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirecto
         else:
             model = Model(shape, config.device, seed=config.seed)
         trainer = Trainer(model, config, train_data, val_data, tokenizer, run=directory)
+        if trainer.warning is not None:
+            print(f"anellm train: warning: {trainer.warning}", file=sys.stderr)
         if not config.quiet:
             held_out = "nothing held out" if val_data is None else f"{human_count(val_data.n_tokens)} tokens held out"
             print(f"model   {name}: {human_count(shape.n_params())} parameters")
             print(f"data    {train_data.source}: {human_count(train_data.n_tokens)} tokens, {held_out}")
-            print(f"device  {model.device}, {threads} threads; {human_bytes(need.total_bytes)} of memory needed")
+            print(
+                f"device  {model.device} ({trainer.state.cpu_variant}, {config.dtype}), {threads} threads; "
+                f"{human_bytes(need.total_bytes)} of memory needed"
+            )
             print(f"run     {directory.path}", "" if not trainer.state.step else f"from step {trainer.state.step}")
         with Progress(
             trainer.steps,

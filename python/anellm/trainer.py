@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anellm import checkpoint
 from anellm.config import DEFAULT_STEPS, ModelConfig, TrainConfig
+from anellm.device import cpu_variant, follow_cpu_variant
 from anellm.errors import CheckpointError, ConfigError, DivergedError, NonFiniteError
 from anellm.measure import measure
 from anellm.metrics import rss_mib
@@ -26,6 +27,7 @@ from anellm.state import TrainState
 
 if TYPE_CHECKING:
     from anellm.data import TokenDataset
+    from anellm.device import Dtype
     from anellm.model import GradNorm, Model
     from anellm.tokenizer_base import BaseTokenizer
 
@@ -93,6 +95,7 @@ class Trainer:
     """Train a model by a TrainConfig.
 
     The step that the loop takes reads top to bottom in ``_step``; callbacks get a record at its end and change nothing.
+    ``warning`` says why a run that is gone on with will not be the same to the last digit, or is None.
     """
 
     def __init__(
@@ -147,7 +150,13 @@ class Trainer:
             config.weight_decay,
             config.decay,
         )
-        self.state = TrainState(data_sha256=train_data.sha256, val_sha256=None if val_data is None else val_data.sha256)
+        model.set_dtype(cast("Dtype", config.dtype))
+        self.warning: str | None = None
+        self.state = TrainState(
+            data_sha256=train_data.sha256,
+            val_sha256=None if val_data is None else val_data.sha256,
+            cpu_variant=cpu_variant(),
+        )
         self.callbacks = tuple(callbacks)
         self._loss: float | None = None
         self._stop = False
@@ -166,6 +175,9 @@ class Trainer:
         checkpoint.load_tensors(source, self.model)
         self.optimizer.load_state_dict({"step": state.optimizer_step})
         self.state = state
+        # Another tier gives other last digits, and after some steps other ones.
+        self.warning = None if state.cpu_variant is None else follow_cpu_variant(state.cpu_variant)
+        state.cpu_variant = cpu_variant()
 
     def _check_data(self, source: checkpoint.Checkpoint, state: TrainState) -> None:
         """Refuse other data than the checkpoint's, or take it over where that is allowed.
@@ -392,6 +404,8 @@ class Trainer:
             "model": self.model.config.to_dict(),
             "n_params": self.model.config.n_params(),
             "device": getattr(self.model, "device", "cpu"),
+            "dtype": self.config.dtype,
+            "cpu_variant": self.state.cpu_variant,
             "data": self.train_data.source,
             "data_sha256": self.state.data_sha256,
             "data_tokens": self.train_data.n_tokens,

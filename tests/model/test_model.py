@@ -14,6 +14,7 @@ import pytest
 from anellm import errors
 from anellm._ffi import check, lib
 from anellm.config import ModelConfig
+from anellm.device import DTYPES
 from anellm.model import IGNORE_INDEX, Model, memory, tensor_table
 
 GQA = ModelConfig(
@@ -373,15 +374,15 @@ def test_dimensions_beyond_the_core_are_refused() -> None:
 def test_bf16_products_stay_close_to_fp32() -> None:
     tokens, targets = batch(GQA, 3, 40)
     losses, grads = {}, {}
-    for dtype in (lib.ANELLM_DTYPE_FP32, lib.ANELLM_DTYPE_BF16):
+    for dtype in DTYPES:
         model = Model(GQA, seed=5)
-        check(lib.anellm_model_set_dtype(model._pointer, dtype))
+        model.set_dtype(dtype)
         losses[dtype] = model.forward(tokens, targets)
         model.backward()
         grads[dtype] = gradients(model)
-    fp32, bf16 = grads[lib.ANELLM_DTYPE_FP32], grads[lib.ANELLM_DTYPE_BF16]
-    assert losses[lib.ANELLM_DTYPE_FP32] != losses[lib.ANELLM_DTYPE_BF16], "the dtype made no difference"
-    assert losses[lib.ANELLM_DTYPE_BF16] == pytest.approx(losses[lib.ANELLM_DTYPE_FP32], rel=2e-3)
+    fp32, bf16 = grads["fp32"], grads["bf16"]
+    assert losses["fp32"] != losses["bf16"], "the dtype made no difference"
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-3)
     for name, expected in fp32.items():
         a, b = expected.astype(np.float64).ravel(), bf16[name].astype(np.float64).ravel()
         assert a @ b / np.sqrt((a @ a) * (b @ b)) > 0.999, name
@@ -394,7 +395,7 @@ def test_bf16_does_not_depend_on_the_threads() -> None:
     for threads in (1, 2, 3):
         check(lib.anellm_set_threads(threads))
         model = Model(QK_NORM, seed=6)
-        check(lib.anellm_model_set_dtype(model._pointer, lib.ANELLM_DTYPE_BF16))
+        model.set_dtype("bf16")
         results.append((model.forward(tokens, targets), model.backward(), gradients(model)))
     check(lib.anellm_set_threads(before))
     for loss, _, grads in results[1:]:
@@ -407,10 +408,25 @@ def test_setting_the_dtype() -> None:
     tokens, targets = batch(GQA, 1, 8)
     with pytest.raises(errors.InvalidError, match=r"dtype = 2, must be 0 \(fp32\) or 1 \(bf16\)"):
         check(lib.anellm_model_set_dtype(model._pointer, 2))
+    with pytest.raises(errors.InvalidError, match="dtype: expected one of fp32, bf16, found 'fp16'"):
+        model.set_dtype("fp16")  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidError, match="dtype: expected one of fp32, bf16, found 'int8'"):
+        memory(GQA, 1, 8, training=True, dtype="int8")  # type: ignore[arg-type]
+    assert model.dtype == "fp32"
     model.forward(tokens, targets)
-    check(lib.anellm_model_set_dtype(model._pointer, lib.ANELLM_DTYPE_FP32))
+    model.set_dtype("fp32")
     model.backward()
     model.forward(tokens, targets)
-    check(lib.anellm_model_set_dtype(model._pointer, lib.ANELLM_DTYPE_BF16))
+    model.set_dtype("bf16")
+    assert model.dtype == "bf16"
     with pytest.raises(errors.InvalidError, match="no training forward"):
         model.backward()
+
+
+def test_bf16_keeps_less_for_backward() -> None:
+    """Per layer and token, 2 hidden_dim numbers of 2 bytes less; one layer's fp32 form is scratch."""
+    fp32, bf16 = (memory(GQA, 2, 16, training=True, dtype=dtype) for dtype in DTYPES)
+    saved = 2 * 16 * 2 * GQA.hidden_dim * 2
+    assert fp32.activations_bytes - bf16.activations_bytes == pytest.approx(GQA.n_layers * saved, abs=64 * GQA.n_layers)
+    assert bf16.workspace_bytes - fp32.workspace_bytes == pytest.approx(2 * saved, abs=64)
+    assert memory(GQA, 2, 16, training=False) == memory(GQA, 2, 16, training=False, dtype="bf16")

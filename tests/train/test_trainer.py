@@ -36,6 +36,9 @@ class FakeModel:
         self.calls: list[tuple[Any, ...]] = []
         self.micro_steps = self.evaluations = 0
 
+    def set_dtype(self, dtype: str) -> None:
+        self.dtype = dtype
+
     def forward(self, tokens: np.ndarray, targets: np.ndarray, *, training: bool = True) -> float:
         if not training:
             self.calls.append(("evaluate", *tokens.shape))
@@ -315,11 +318,14 @@ def damaged_states() -> Iterator[dict[str, Any]]:
     yield {**good, "optimizer_step": 2, "skipped_steps": 1, "bad_steps": 2}
     yield {**good, "best_step": 4}
     yield {**good, "best_step": None}
+    yield {**good, "cpu_variant": ""}
+    yield {**good, "cpu_variant": "AVX 2"}
+    yield {**good, "cpu_variant": 2}
 
 
 def test_the_state_travels_as_json() -> None:
     state = TrainState(step=3, tokens=7, best_val_loss=1.5, best_step=2, val_loss=2.0, seconds=1.25)
-    state.optimizer_step, state.data_sha256 = 3, "0" * 64
+    state.optimizer_step, state.data_sha256, state.cpu_variant = 3, "0" * 64, "avx512bf16"
     assert TrainState.from_dict(state.to_dict(), "x") == state
 
 

@@ -19,6 +19,7 @@ from anellm import checkpoint, metrics
 from anellm._ffi import check, lib
 from anellm.config import ModelConfig, TrainConfig
 from anellm.data import TokenDataset
+from anellm.device import cpu_variant, follow_cpu_variant
 from anellm.errors import InvalidError
 from anellm.model import Model
 from anellm.optim import AdamW, clip_scale
@@ -90,6 +91,47 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         for name in ("model.safetensors", "optimizer.safetensors"):
             files = [tmp_path / run / "step_00000008" / name for run in ("whole", f"from{step}")]
             assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_bf16_resumes_exactly_too_and_tracks_fp32(tmp_path: Path) -> None:
+    whole: list[Any] = []
+    rest: list[Any] = []
+    fp32: list[Any] = []
+    make_trainer(tmp_path / "whole", whole, dtype="bf16").train()
+    make_trainer(tmp_path / "rest", rest, dtype="bf16", resume=str(tmp_path / "whole" / "step_00000004")).train()
+    assert losses(rest) == {n: loss for n, loss in losses(whole).items() if n > 4}
+    make_trainer(records=fp32).train()
+    assert losses(whole) != losses(fp32)
+    assert losses(whole) == pytest.approx(losses(fp32), rel=5e-3)
+
+
+def test_a_run_goes_on_with_the_kernels_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cpu_variant()
+    monkeypatch.delenv("ANELLM_CPU", raising=False)
+    try:
+        check(lib.anellm_cpu_set_variant(b"portable"))
+        trainer = make_trainer(tmp_path / "run", steps=4)
+        trainer.train()
+        assert trainer.state.cpu_variant == "portable"
+        check(lib.anellm_cpu_set_variant(before.encode()))
+        resumed = make_trainer(tmp_path / "run", resume="auto", steps=4)
+        assert (cpu_variant(), resumed.state.cpu_variant, resumed.warning) == ("portable", "portable", None)
+        assert resumed.run is not None
+        resumed.run.close()
+        if before == "portable":
+            return
+        check(lib.anellm_cpu_set_variant(before.encode()))
+        monkeypatch.setenv("ANELLM_CPU", before)
+        forced = make_trainer(tmp_path / "run", resume="auto", steps=4)
+        assert forced.state.cpu_variant == cpu_variant() == before
+        assert forced.warning == f"CPU kernels: the run began with portable, ANELLM_CPU asks for {before}"
+        assert forced.run is not None
+        forced.run.close()
+        monkeypatch.delenv("ANELLM_CPU")
+        says = f"the run began with neon9, which this machine lacks; it goes on with {before}"
+        assert says in str(follow_cpu_variant("neon9"))
+    finally:
+        check(lib.anellm_cpu_set_variant(before.encode()))
 
 
 def test_threads_do_not_change_a_byte(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 #include "backend/backend.h"
 #include "core/status.h"
 #include "core/threads.h"
+#include "kernels/matmul.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -95,8 +96,8 @@ static int cpu_attention_forward(void *state, const struct anellm_step *step, fl
                                    c->n_heads + c->n_kv_heads, c->head_dim));
     const anellm_attention_shape shape = attention_shape(c, step->B, step->T);
     ANELLM_TRY(anellm_attention_forward(saved->attn, saved->lse, qkv, qkv + q, qkv + q + kv, &shape));
-    copy_rows(mid, saved->x, N * dim);
-    return multiply(step, mid, dim, saved->attn, q, 0, w->wo, q, 1, N, dim, q, 1);
+    return anellm_matmul_residual(mid, dim, saved->x, dim, saved->attn, q, w->wo, q, N, dim, q,
+                                  step->dtype == ANELLM_DTYPE_BF16);
 }
 
 static int cpu_attention_backward(void *state, const struct anellm_step *step, float *dx,
@@ -132,12 +133,15 @@ static int cpu_mlp_forward(void *state, const struct anellm_step *step, float *o
     const anellm_config *c = step->config;
     const int64_t N = step->B * step->T, dim = c->dim, hidden = c->hidden_dim;
     float *h = step->workspace->h, *act = step->workspace->scratch_a;
+    float *gate_up = saved->gate_up_bf16 == NULL ? saved->gate_up : step->workspace->gate_up;
 
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, saved->mlp_rstd, saved->mid, dim, w->mlp_norm, N, dim, c->norm_eps));
-    ANELLM_TRY(multiply(step, saved->gate_up, 2 * hidden, h, dim, 0, w->gate_up, dim, 1, N, 2 * hidden, dim, 0));
-    ANELLM_TRY(anellm_swiglu_forward(act, saved->gate_up, N, hidden));
-    copy_rows(out, saved->mid, N * dim);
-    return multiply(step, out, dim, act, hidden, 0, w->down, hidden, 1, N, dim, hidden, 1);
+    ANELLM_TRY(multiply(step, gate_up, 2 * hidden, h, dim, 0, w->gate_up, dim, 1, N, 2 * hidden, dim, 0));
+    ANELLM_TRY(anellm_swiglu_forward(act, gate_up, N, hidden));
+    if (saved->gate_up_bf16 != NULL)
+        ANELLM_TRY(anellm_convert_f32_to_bf16(saved->gate_up_bf16, gate_up, N * 2 * hidden));
+    return anellm_matmul_residual(out, dim, saved->mid, dim, act, hidden, w->down, hidden, N, dim, hidden,
+                                  step->dtype == ANELLM_DTYPE_BF16);
 }
 
 static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *dx,
@@ -146,12 +150,15 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
     (void)state;
     const anellm_config *c = step->config;
     const int64_t N = step->B * step->T, dim = c->dim, hidden = c->hidden_dim;
-    float *h = step->workspace->h, *act = step->workspace->scratch_a, *dact = act, *dgate_up = saved->gate_up;
+    float *h = step->workspace->h, *act = step->workspace->scratch_a, *dact = act;
+    float *gate_up = saved->gate_up_bf16 == NULL ? saved->gate_up : step->workspace->gate_up, *dgate_up = gate_up;
 
-    ANELLM_TRY(anellm_swiglu_forward(act, saved->gate_up, N, hidden));
+    if (saved->gate_up_bf16 != NULL)
+        ANELLM_TRY(anellm_convert_bf16_to_f32(gate_up, saved->gate_up_bf16, N * 2 * hidden));
+    ANELLM_TRY(anellm_swiglu_forward(act, gate_up, N, hidden));
     ANELLM_TRY(multiply(step, dw->down, hidden, dx, dim, 1, act, hidden, 0, dim, hidden, N, step->accumulate));
     ANELLM_TRY(multiply(step, dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
-    ANELLM_TRY(anellm_swiglu_backward(dgate_up, dact, saved->gate_up, N, hidden));
+    ANELLM_TRY(anellm_swiglu_backward(dgate_up, dact, gate_up, N, hidden));
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, saved->mid, dim, w->mlp_norm, N, dim, c->norm_eps));
     ANELLM_TRY(multiply(step, dw->gate_up, dim, dgate_up, 2 * hidden, 1, h, dim, 0, 2 * hidden, dim, N,
                              step->accumulate));
@@ -163,7 +170,8 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
 static int head_logits(float *logits, const struct anellm_step *step, const float *h, int64_t rows,
                        const struct anellm_head_weights *w) {
     const anellm_config *c = step->config;
-    return multiply(step, logits, c->vocab_size, h, c->dim, 0, w->classifier, c->dim, 1, rows, c->vocab_size, c->dim, 0);
+    return multiply(step, logits, c->vocab_size, h, c->dim, 0, w->classifier, c->dim, 1, rows, c->vocab_size, c->dim,
+                    0);
 }
 
 static int cpu_classifier_forward(void *state, const struct anellm_step *step, float *losses, float *logits,
