@@ -170,6 +170,11 @@ int anellm_model_create(anellm_model **model, const anellm_config *config, const
 void anellm_model_free(anellm_model *model);
 /* A forward that is not gone back through yet is forgotten. */
 int anellm_model_set_dtype(anellm_model *model, int dtype);
+/* Vocabulary compaction: forward and backward multiply only the classifier's rows of these ids (n, ascending), and one
+ * for all others, whose rows must be equal (INVALID) and stay so. Losses and gradients are those of the whole
+ * vocabulary, up to rounding; in training a token or target outside the ids is RANGE. Logits are those of the whole table, and
+ * not to be had from a training forward (INVALID). ids == NULL: back to it for good. */
+int anellm_model_compact_vocab(anellm_model *model, const int32_t *ids, int64_t n);
 int anellm_model_init(anellm_model *model, uint64_t seed, float std); /* normal(0, std); Wo and W2 by 1/sqrt(2 L) */
 int anellm_model_enable_training(anellm_model *model);                /* commits gradients and moments, zeroed */
 float *anellm_model_params(anellm_model *model);

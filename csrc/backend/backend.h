@@ -30,7 +30,7 @@ struct anellm_layer_weights {
 };
 struct anellm_head_weights {
     float *norm;       /* (dim) */
-    float *classifier; /* (vocab_size, dim) */
+    float *classifier; /* (n_classes, dim) */
 };
 
 /* What forward keeps for backward, per layer ("taps"). */
@@ -52,7 +52,7 @@ struct anellm_head_saved {
     float *rstd;       /* (N) */
     float *h;          /* (N, dim) the normed x */
     float *lse;        /* (N) */
-    float *logits;     /* (chunk_rows, vocab_size); holds all logits when chunk_rows == N */
+    float *logits;     /* (chunk_rows, n_classes); holds all logits when chunk_rows == N */
     int64_t chunk_rows;
 };
 
@@ -71,6 +71,8 @@ struct anellm_step {
     const struct anellm_workspace *workspace;
     int accumulate;                           /* backward: add to the gradients of matrices */
     int dtype;                                /* of enum anellm_dtype: what matrix products round their inputs to */
+    int64_t n_classes;                        /* rows of the classifier: vocab_size, or fewer (model/vocab.c) ... */
+    float other_bias;                         /* ... and then added to the logits of the last one */
 };
 
 struct anellm_backend {
@@ -92,7 +94,7 @@ struct anellm_backend {
                        const struct anellm_layer_saved *saved);
     int (*mlp_backward)(void *state, const struct anellm_step *step, float *dx, const struct anellm_layer_weights *dw,
                         const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved);
-    /* targets and losses (N) may be NULL together; logits (N, vocab_size) may be NULL. */
+    /* targets and losses (N) may be NULL together; logits (N, n_classes) may be NULL. */
     int (*classifier_forward)(void *state, const struct anellm_step *step, float *losses, float *logits,
                               const int32_t *targets, const struct anellm_head_weights *w,
                               const struct anellm_head_saved *saved);

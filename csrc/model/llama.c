@@ -235,7 +235,15 @@ static struct anellm_step make_step(const anellm_model *model, const struct plan
                                 .rope_cos = cos_table,
                                 .rope_sin = cos_table + model->rope_len * (c->head_dim / 2),
                                 .workspace = &plan->workspace,
-                                .dtype = model->dtype};
+                                .dtype = model->dtype,
+                                .n_classes = c->vocab_size};
+}
+
+/* The classifier over the compact vocabulary. */
+static void use_compact_vocab(struct anellm_step *step, struct anellm_head_weights *head, const anellm_model *model) {
+    step->n_classes = model->vocab.n + 1;
+    step->other_bias = anellm_vocab_other_bias(&model->vocab);
+    head->classifier = anellm_vocab_weights(model);
 }
 
 /* ---- forward and backward ----------------------------------------------------------------------------------------- */
@@ -247,7 +255,7 @@ static int llama_forward(anellm_model *model, float *losses, float *logits, cons
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
     struct plan plan;
     make_plan(&plan, model->activations.base, c, model->B, model->T, training, model->dtype);
-    const struct anellm_step step = make_step(model, &plan);
+    struct anellm_step step = make_step(model, &plan);
 
     ANELLM_TRY(anellm_embedding_forward(plan.layers.x, params, tokens, model->B * model->T, c->dim, c->vocab_size));
     for (int64_t layer = 0; layer < c->n_layers; ++layer) {
@@ -257,8 +265,18 @@ static int llama_forward(anellm_model *model, float *losses, float *logits, cons
         ANELLM_TRY(backend->attention_forward(model->backend_state, &step, saved.mid, &w, &saved));
         ANELLM_TRY(backend->mlp_forward(model->backend_state, &step, out, &w, &saved));
     }
-    const struct anellm_head_weights head = head_weights(c, params);
-    return backend->classifier_forward(model->backend_state, &step, losses, logits, targets, &head, &plan.head);
+    struct anellm_head_weights head = head_weights(c, params);
+    const int compact = model->vocab.n > 0 && targets != NULL && logits == NULL;
+    const int32_t *columns = targets;
+    if (compact) {
+        ANELLM_TRY(anellm_vocab_prepare(model, &columns, tokens, targets, model->B * model->T, training));
+        use_compact_vocab(&step, &head, model);
+    }
+    ANELLM_TRY(backend->classifier_forward(model->backend_state, &step, losses, logits, columns, &head, &plan.head));
+    /* One of the others is that much less likely than all of them together. */
+    for (int64_t i = 0; compact && i < model->B * model->T; ++i)
+        if (columns[i] == model->vocab.n) losses[i] += step.other_bias;
+    return ANELLM_OK;
 }
 
 /* Vector gradients are always added to, and so is the embedding's: they start from zero. Matrix gradients are
@@ -286,9 +304,19 @@ static int llama_backward(anellm_model *model, const int32_t *tokens, const int3
     step.accumulate = accumulate;
     if (!accumulate) zero_added_gradients(c, grads);
 
-    const struct anellm_head_weights head = head_weights(c, params), dhead = head_weights(c, grads);
-    ANELLM_TRY(backend->classifier_backward(model->backend_state, &step, plan.dx, &dhead, targets, scale, &head,
-                                            &plan.head));
+    struct anellm_head_weights head = head_weights(c, params), dhead = head_weights(c, grads);
+    if (model->vocab.n > 0) {
+        struct anellm_step compact = step;
+        use_compact_vocab(&compact, &head, model);
+        compact.accumulate = 0;
+        dhead.classifier = anellm_vocab_grads(model);
+        ANELLM_TRY(backend->classifier_backward(model->backend_state, &compact, plan.dx, &dhead,
+                                                model->vocab.targets.base, scale, &head, &plan.head));
+        anellm_vocab_spread(model, accumulate);
+    } else {
+        ANELLM_TRY(backend->classifier_backward(model->backend_state, &step, plan.dx, &dhead, targets, scale, &head,
+                                                &plan.head));
+    }
     for (int64_t layer = c->n_layers - 1; layer >= 0; --layer) {
         const struct anellm_layer_weights w = layer_weights(c, params, layer), dw = layer_weights(c, grads, layer);
         const struct anellm_layer_saved saved = layer_saved(&plan, layer);

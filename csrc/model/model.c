@@ -29,6 +29,7 @@ void anellm_model_release(anellm_model *model) { atomic_store(&model->busy, 0); 
 /* Every copy of the parameters, of the backend or for decode, is out of date. */
 static int weights_changed(anellm_model *model) {
     model->compressed.stale = 1;
+    model->vocab.stale = 1;
     return model->backend->weights_changed(model->backend_state);
 }
 
@@ -123,6 +124,7 @@ void anellm_model_free(anellm_model *model) {
     if (model == NULL) return;
     model->backend->close(model->backend_state);
     anellm_compressed_free(&model->compressed);
+    anellm_vocab_free(&model->vocab);
     anellm_block_release(&model->activations);
     anellm_block_release(&model->rope);
     anellm_block_release(&model->batch);
@@ -248,6 +250,8 @@ static int forward(anellm_model *model, double *loss, int64_t *n_targets, float 
     ANELLM_TRY(check_batch(__func__, c, B, T));
     ANELLM_TRY(anellm_check_ids("tokens", tokens, N, c->vocab_size, 0));
     if (targets != NULL) ANELLM_TRY(anellm_check_ids("targets", targets, N, c->vocab_size, ANELLM_IGNORE_INDEX));
+    if (training && logits != NULL && model->vocab.n > 0)
+        return anellm_fail_in(__func__, ANELLM_INVALID, "with a compact vocabulary a training forward gives no logits");
     ANELLM_TRY(model->backend->supports(c, B, T));
     model->backward_ready = 0;
     ANELLM_TRY(reserve_step(model, B, T, training));

@@ -21,6 +21,16 @@ struct anellm_compressed {
     struct anellm_block block;
 };
 
+/* The ids that the classifier is reduced to: vocab.c. n == 0: it is not. */
+struct anellm_vocab {
+    int64_t n, n_others;
+    int32_t *ids;                    /* (n), ascending */
+    int32_t *columns;                /* (vocab_size): the place of an id in ids; n for all others. Behind ids */
+    struct anellm_block table;       /* (n + 1, dim) rows of the classifier, the last for all others; then gradients */
+    struct anellm_block targets;     /* (N) columns */
+    int stale;                       /* the weights have changed since the rows were copied */
+};
+
 struct anellm_model {
     anellm_config config;
     const struct anellm_architecture *arch;
@@ -30,6 +40,7 @@ struct anellm_model {
     int64_t n_tensors, n_floats;
     struct anellm_block activations; /* taps and scratch of the current batch shape */
     struct anellm_compressed compressed;
+    struct anellm_vocab vocab;
     struct anellm_block rope;        /* cos (rope_len, head_dim/2), then sin */
     int64_t rope_len;
     struct anellm_block batch;       /* copies of tokens (N) and targets (N), and losses (N), for backward */
@@ -84,6 +95,17 @@ struct anellm_matrix anellm_model_matrix(const anellm_model *model, int64_t inde
 /* Renew the compressed copies if the weights have changed. */
 int anellm_model_refresh_compressed(anellm_model *model);
 void anellm_compressed_free(struct anellm_compressed *compressed);
+/* The targets (N) as columns of the compact table, and the table renewed if the weights have changed. RANGE when a
+ * token or target of a training forward is not in it. */
+int anellm_vocab_prepare(anellm_model *model, const int32_t **mapped, const int32_t *tokens, const int32_t *targets,
+                         int64_t N, int training);
+float *anellm_vocab_weights(const anellm_model *model);
+float *anellm_vocab_grads(const anellm_model *model);
+/* What the logit of the last column is more than that of each id it stands for. */
+float anellm_vocab_other_bias(const struct anellm_vocab *vocab);
+/* The compact gradient into, or added to, that of the whole table. */
+void anellm_vocab_spread(const anellm_model *model, int accumulate);
+void anellm_vocab_free(struct anellm_vocab *vocab);
 /* INVALID when the fp32 weights were released. */
 int anellm_model_require_weights(const anellm_model *model, const char *function);
 float *anellm_model_section(const anellm_model *model, int section);

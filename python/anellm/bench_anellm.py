@@ -29,7 +29,6 @@ def start(job: Mapping[str, Any]) -> tuple[Callable[[], float], dict[str, Any]]:
     def step() -> float:
         loss = model.forward(tokens, targets, training=True)
         model.backward()
-        model.grad_norm()
         optimizer.step()
         return loss
 

@@ -283,6 +283,11 @@ class TrainConfig(CommonOptions):
         choices=DTYPES,
         group="optimization",
     )
+    compact_vocab: bool = option(
+        False,
+        "compute the softmax over the ids that occur in the data; of a new model, as exact as with all",
+        group="optimization",
+    )
     gradient_accumulation_steps: int = option(1, "micro-steps in a step", low=1, high=2**20, group="optimization")
     learning_rate: float | None = option(
         None,
@@ -351,6 +356,8 @@ class TrainConfig(CommonOptions):
             raise ConfigError(f"--decay-steps: only for --schedule wsd, found --schedule {self.schedule}")
         if self.val_data is not None and self.data is None:
             raise ConfigError("--val-data: expected --data with it")
+        if self.compact_vocab and self.model is not None:
+            raise ConfigError("--compact-vocab: only for new models, found --model: its rows are not to be replaced")
         for name in ("model", "data", "val_data", "tokenizer", "out", "resume", "profile"):
             if getattr(self, name) == "":
                 raise ConfigError(f"--{name.replace('_', '-')}: expected a path, found nothing")

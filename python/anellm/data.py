@@ -139,6 +139,13 @@ class TokenDataset:
                 message += "; the file looks like uint16 tokens: use --token-dtype uint16"
             raise DataError(message)
 
+    def occurring_ids(self, vocab_size: int) -> npt.NDArray[np.bool_]:
+        """Return which ids below vocab_size occur: (vocab_size,) bool."""
+        occurs = np.zeros(vocab_size, bool)
+        for begin in range(0, self.n_tokens, CHUNK):
+            occurs[self.tokens[begin : begin + CHUNK]] = True
+        return occurs
+
     def check_window(self, seq_len: int) -> None:
         """Check that one window of seq_len tokens and their targets fits.
 

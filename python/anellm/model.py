@@ -279,6 +279,35 @@ class Model:
         check(lib.anellm_model_set_dtype(self._pointer, _dtype_code(dtype)))
         self.dtype = dtype
 
+    def compact_vocabulary(self, ids: np.ndarray[Any, Any] | None, *, equalize: bool = False) -> None:
+        """Let the classifier compute only some ids: as exact as with all, and faster the fewer there are.
+
+        The ids that are left out must never be a token or target in training, and their rows of the classifier must be
+        equal; then they stay equal, and count in the softmax as one column of their joint weight. Losses are those of
+        the whole vocabulary, up to rounding; logits and decoding use the whole table.
+
+        Args:
+            ids: (n,) int32, ascending: those that occur. None: all of them again.
+            equalize: set the rows of all others to that of the first of them, as befits a new model.
+
+        Raises:
+            InvalidError: on ids that do not ascend, or unequal rows.
+            TokenRangeError: on an id outside the vocabulary.
+        """
+        if ids is None:
+            check(lib.anellm_model_compact_vocab(self._pointer, ffi.NULL, 0))
+            return
+        pointer = ptr(ids, np.int32, (len(ids),), name="ids")
+        if equalize and len(ids):
+            left_out = np.ones(self.config.vocab_size, bool)
+            left_out[ids[(ids >= 0) & (ids < self.config.vocab_size)]] = False
+            others = np.flatnonzero(left_out)
+            table = self.params["model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"]
+            if len(others):
+                table[others] = table[others[0]]
+                self.weights_changed()
+        check(lib.anellm_model_compact_vocab(self._pointer, pointer, len(ids)))
+
     def compress(self, weights: Weights, *, release: bool = False) -> None:
         """Make compressed copies of the weights that decode() reads: it is faster by as much as they are smaller.
 

@@ -89,7 +89,8 @@ def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirecto
             print(f"anellm train: warning: {trainer.warning}", file=sys.stderr)
         if not config.quiet:
             held_out = "nothing held out" if val_data is None else f"{human_count(val_data.n_tokens)} tokens held out"
-            print(f"model   {name}: {human_count(shape.n_params())} parameters")
+            ids = f", {trainer.n_ids} of {shape.vocab_size} ids occur" if config.compact_vocab else ""
+            print(f"model   {name}: {human_count(shape.n_params())} parameters{ids}")
             print(f"data    {train_data.source}: {human_count(train_data.n_tokens)} tokens, {held_out}")
             print(
                 f"device  {model.device} ({trainer.state.cpu_variant}, {config.dtype}), {threads} threads; "

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from anellm import checkpoint
 from anellm.config import DEFAULT_STEPS, ModelConfig, TrainConfig
 from anellm.device import cpu_variant, follow_cpu_variant
-from anellm.errors import CheckpointError, ConfigError, DivergedError, NonFiniteError
+from anellm.errors import CheckpointError, ConfigError, DivergedError, InvalidError, NonFiniteError
 from anellm.measure import measure
 from anellm.metrics import rss_mib
 from anellm.optim import AdamW, clip_scale
@@ -95,7 +97,8 @@ class Trainer:
     """Train a model by a TrainConfig.
 
     The step that the loop takes reads top to bottom in ``_step``; callbacks get a record at its end and change nothing.
-    ``warning`` says why a run that is gone on with will not be the same to the last digit, or is None.
+    ``n_ids`` is the number of ids that the classifier computes; ``warning`` says why a run that is gone on with will
+    not be the same to the last digit, or is None.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class Trainer:
             cpu_variant=cpu_variant(),
         )
         self.callbacks = tuple(callbacks)
+        self.n_ids = model.config.vocab_size
         self._loss: float | None = None
         self._stop = False
         self._tracer = Tracer(config.profile)
@@ -165,6 +169,20 @@ class Trainer:
         self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
         if self.run is not None and self.run.resumed is not None:
             self._restore(self.run.resumed)
+        if config.compact_vocab:
+            self._compact_vocabulary()
+
+    def _compact_vocabulary(self) -> None:
+        """Reduce the classifier to the ids that occur in the data."""
+        occurs = self.train_data.occurring_ids(self.model.config.vocab_size)
+        if self.val_data is not None:
+            occurs |= self.val_data.occurring_ids(self.model.config.vocab_size)
+        ids = np.flatnonzero(occurs).astype(np.int32)
+        try:
+            self.model.compact_vocabulary(ids, equalize=self.state.step == 0)
+        except InvalidError as error:
+            raise ConfigError(f"--compact-vocab: this run cannot go on with it: {error}") from None
+        self.n_ids = len(ids)
 
     def _restore(self, source: checkpoint.Checkpoint) -> None:
         """Take over a checkpoint's state, weights and moments."""

@@ -169,9 +169,10 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
 
 static int head_logits(float *logits, const struct anellm_step *step, const float *h, int64_t rows,
                        const struct anellm_head_weights *w) {
-    const anellm_config *c = step->config;
-    return multiply(step, logits, c->vocab_size, h, c->dim, 0, w->classifier, c->dim, 1, rows, c->vocab_size, c->dim,
-                    0);
+    const int64_t dim = step->config->dim, classes = step->n_classes;
+    ANELLM_TRY(multiply(step, logits, classes, h, dim, 0, w->classifier, dim, 1, rows, classes, dim, 0));
+    for (int64_t i = 0; step->other_bias != 0.0f && i < rows; ++i) logits[(i + 1) * classes - 1] += step->other_bias;
+    return ANELLM_OK;
 }
 
 static int cpu_classifier_forward(void *state, const struct anellm_step *step, float *losses, float *logits,
@@ -179,7 +180,7 @@ static int cpu_classifier_forward(void *state, const struct anellm_step *step, f
                                   const struct anellm_head_saved *saved) {
     (void)state;
     const anellm_config *c = step->config;
-    const int64_t N = step->B * step->T, dim = c->dim, vocab = c->vocab_size;
+    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes;
 
     ANELLM_TRY(anellm_rmsnorm_forward(saved->h, dim, saved->rstd, saved->x, dim, w->norm, N, dim, c->norm_eps));
     if (targets == NULL && logits == NULL) return ANELLM_OK;
@@ -199,7 +200,7 @@ static int cpu_classifier_backward(void *state, const struct anellm_step *step, 
                                    const struct anellm_head_weights *w, const struct anellm_head_saved *saved) {
     (void)state;
     const anellm_config *c = step->config;
-    const int64_t N = step->B * step->T, dim = c->dim, vocab = c->vocab_size;
+    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes;
     float *dh = step->workspace->h, *dlogits = saved->logits;
 
     for (int64_t row = 0; row < N; row += saved->chunk_rows) {
