@@ -132,7 +132,10 @@ static struct anellm_head_weights head_weights(const anellm_config *c, float *ba
 /* ---- activations ------------------------------------------------------------------------------------------------ */
 
 enum {
-    LOGITS_KEPT_BYTES = 64 << 20, /* up to here all logits are kept for backward; above, they are recomputed in chunks */
+    /* Up to here all logits are kept for backward; above, they are recomputed in chunks, a third of the classifier's
+     * work again. bf16 is chosen for memory as well as for speed. */
+    LOGITS_KEPT_BYTES = 320 << 20,
+    LOGITS_KEPT_BF16_BYTES = 64 << 20,
     LOGITS_CHUNK_BYTES = 32 << 20,
     MIN_CHUNK_ROWS = 64
 };
@@ -189,7 +192,7 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     }
     struct anellm_head_saved *head = &plan->head;
     const int64_t row_bytes = (int64_t)c->vocab_size * (int64_t)sizeof(float);
-    const int keep_all = N * row_bytes <= LOGITS_KEPT_BYTES;
+    const int keep_all = N * row_bytes <= (dtype == ANELLM_DTYPE_BF16 ? LOGITS_KEPT_BF16_BYTES : LOGITS_KEPT_BYTES);
     head->x = plan->last_x;
     head->rstd = carve(base, &at, N);
     head->h = carve(base, &at, N * dim);

@@ -138,11 +138,11 @@ def test_backward_overwrites_what_was_there_unless_it_accumulates() -> None:
 
 
 def test_chunked_classifier_equals_the_one_that_keeps_all_logits() -> None:
-    # 2 * 33 * 260,000 logits take more than 64 MiB, so they are computed in chunks; those of half the batch are kept.
+    # 2 * 165 * 260,000 logits take more than 320 MiB, so they are computed in chunks; those of half the batch are kept.
     # The bound allows for sums of 260,000 terms in another order.
-    config = ModelConfig(dim=4, hidden_dim=6, n_layers=1, n_heads=1, vocab_size=260_000, max_seq_len=33)
+    config = ModelConfig(dim=4, hidden_dim=6, n_layers=1, n_heads=1, vocab_size=260_000, max_seq_len=165)
     model = Model(config, seed=4)
-    tokens, targets = batch(config, 2, 33)
+    tokens, targets = batch(config, 2, 165)
     whole = model.forward(tokens, targets)
     model.backward()
     chunked = gradients(model)
