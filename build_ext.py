@@ -47,7 +47,8 @@ def cdef() -> str:
 
 def sources() -> list[str]:
     """Return every C source of the core, relative to this folder (setuptools wants relative paths)."""
-    return sorted(p.relative_to(ROOT).as_posix() for p in CSRC.rglob("*.c"))
+    found = (p.relative_to(ROOT).as_posix() for p in CSRC.rglob("*.c"))
+    return sorted(name for name in found if not name.startswith("csrc/fuzz/"))  # those have a main of their own
 
 
 def headers() -> list[str]:
@@ -72,7 +73,7 @@ ffibuilder.set_source(
     include_dirs=["csrc"],
     extra_compile_args=[*COMPILE_ARGS, *extra],
     extra_link_args=[*LINK_ARGS, *extra],
-    libraries=[] if DARWIN else ["m"],
+    libraries=[] if DARWIN else ["m", "dl"],
     py_limited_api=True,
     define_macros=[("Py_LIMITED_API", "0x030b0000"), ("_GNU_SOURCE", None)],
 )

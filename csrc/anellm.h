@@ -208,6 +208,230 @@ int anellm_kvcache_truncate(anellm_kvcache *cache, int64_t length);
 /* Append n tokens and give the logits (vocab_size) that follow the last of them. */
 int anellm_model_decode(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n);
 
+/* ---- Neural Engine devices: MIL text in, surfaces through, by position (csrc/backend/ane/device.h) ------------- */
+/* Numbers of one chip: limits, arithmetic, times. One JSON file each in python/anellm/data/chips, with sources; what
+ * each field means is in docs/simulator.md. 0 in a limit: none known. */
+typedef struct {
+    char name[16], architecture[16];
+    /* limits of the compiler */
+    int64_t max_rank, max_width, max_height, max_channels, max_batch, max_transpose_extent, max_matmul_k, max_conv_kw,
+        max_conv_kh, max_conv_in_channels, matmul_k_multiple, max_weight_bytes, max_layers, max_compiles;
+    /* limits of loading and evaluation */
+    int64_t max_loaded, min_surface_bytes, equal_surfaces, row_multiple, narrow_row, narrow_row_channels, hole_low,
+        hole_high, hole_ops;
+    /* what it does otherwise than others: 0 no, 1 yes */
+    int64_t strict_blobs, runtime_conv_ignored, runtime_conv_batch_fails, no_sin_cos, no_topk, no_width_rope,
+        tile_poisons, split_softmax_tile_fails, batch_broadcast_doubtful, cross_input_matmul_doubtful;
+    /* arithmetic */
+    int64_t round_half_even, mac_tile, narrow_reduce, slice_limit, concat_slices_wrong;
+    double sigmoid_low, sigmoid_high, gelu_zero, silu_zero, log_zero;
+    /* times of the model */
+    double dispatch_us, idle_after_s, idle_us, compile_ms, cached_compile_ms, failed_compile_ms, load_ms, unload_ms,
+        weight_gb_s, activation_gb_s, io_gb_s, conv_tflops, matmul_tflops, elementwise_gb_s, slow_after_evaluations,
+        slow_factor;
+} anellm_ane_profile;
+
+enum anellm_sim_numerics { ANELLM_SIM_EXACT = 0, ANELLM_SIM_FAST = 1 };
+enum anellm_sim_mac { ANELLM_SIM_Q15_16 = 0, ANELLM_SIM_WIDE_FP32 = 1 };
+enum anellm_sim_rows { ANELLM_SIM_ROWS_ERROR = 0, ANELLM_SIM_ROWS_TRUNCATE = 1, ANELLM_SIM_ROWS_ANY = 2 };
+typedef struct {
+    int32_t numerics, mac;                        /* enums above */
+    int32_t rows;                                 /* what becomes of rows that are no multiple (Q33) */
+    int32_t strict;                               /* rules that only some of the sources report (ANE.md 4, "O") */
+    int32_t lenient_blobs;                        /* 0: as the chip; 1: never minds */
+    int32_t allow_delta_reload;                   /* a reload takes new weight files (Q17; unproven) */
+    int64_t max_memory_bytes;                     /* for the tensors of one program; 0: 4 GiB */
+} anellm_sim_options;
+
+typedef struct anellm_ane anellm_ane;
+typedef struct anellm_ane_program anellm_ane_program;
+typedef struct anellm_ane_surface anellm_ane_surface;
+typedef struct anellm_ane_request anellm_ane_request;
+
+typedef struct {
+    const char *path;                             /* as the text names it: "@model_path/weights/w.bin" */
+    const void *data;
+    int64_t bytes;
+} anellm_ane_file;
+typedef struct {
+    char name[128], dtype[8];                     /* SSA name; "fp16", "fp32", "bool", ... */
+    int32_t rank, declared_position;              /* where it stands in the text */
+    int32_t symbol;                               /* what a request names it by: its binding position, counted on over
+                                                     the functions of a program */
+    int64_t shape[5];
+    int64_t bytes;                                /* packed */
+} anellm_ane_port;
+typedef struct {
+    char domain[64];
+    int64_t code;
+    char text[192];                               /* what the real API says */
+    char detail[384];                             /* ours: line:column, the rule's id in ANE.md, why */
+} anellm_ane_error;
+typedef struct {
+    int64_t compiles, compile_failures, cache_hits, loaded, loads, evaluations, evaluation_failures;
+    double modelled_ms;                           /* time that the chip would have taken so far */
+    int64_t mac_fast, mac_exact;                  /* tiles of products: numerics = fast took the short way, or not */
+} anellm_ane_counters;
+
+/* name: "sim", or the path of a library that exports anellm_ane_device_open. Objects may be freed in any order. */
+int anellm_ane_open(anellm_ane **device, const char *name, const anellm_ane_profile *profile,
+                    const anellm_sim_options *options);
+void anellm_ane_close(anellm_ane *device);
+int anellm_ane_get_counters(anellm_ane *device, anellm_ane_counters *counters);
+int anellm_ane_get_error(anellm_ane *device, anellm_ane_error *error);      /* of the last COMPILE or EVAL */
+int anellm_ane_compile(anellm_ane *device, anellm_ane_program **program, const char *mil, int64_t mil_bytes,
+                       const anellm_ane_file *files, int64_t n_files);
+void anellm_ane_program_free(anellm_ane_program *program);                  /* unloads it */
+int anellm_ane_load(anellm_ane_program *program);
+int anellm_ane_unload(anellm_ane_program *program);
+/* Write other weight files beside the program, unload, load: the hardware goes on with the old ones (Q17). */
+int anellm_ane_reload(anellm_ane_program *program, const anellm_ane_file *files, int64_t n_files);
+/* Ports in binding order: alphabetical by name (Q08, Q11). Index out of range: ANELLM_RANGE. */
+int anellm_ane_count_ports(anellm_ane_program *program, int procedure, int output, int64_t *n);
+int anellm_ane_get_port(anellm_ane_program *program, int procedure, int output, int64_t index, anellm_ane_port *port);
+int anellm_ane_surface_create(anellm_ane *device, anellm_ane_surface **surface, int64_t bytes);
+int anellm_ane_surface_lock(anellm_ane_surface *surface, int read_only);
+int anellm_ane_surface_unlock(anellm_ane_surface *surface);
+void *anellm_ane_surface_base(anellm_ane_surface *surface);                 /* NULL unless locked */
+int64_t anellm_ane_surface_bytes(const anellm_ane_surface *surface);
+void anellm_ane_surface_free(anellm_ane_surface *surface);
+/* Surface i is bound to the port whose symbol is indices[i]; nothing looks at names here, as in the private API. */
+int anellm_ane_request_create(anellm_ane_program *program, anellm_ane_request **request, int procedure,
+                              anellm_ane_surface *const *inputs, const int32_t *input_indices, int64_t n_inputs,
+                              anellm_ane_surface *const *outputs, const int32_t *output_indices, int64_t n_outputs);
+int anellm_ane_evaluate(anellm_ane_program *program, anellm_ane_request *request);
+void anellm_ane_request_free(anellm_ane_request *request);
+
+/* Only the simulator: faults on purpose, what was silently wrong, its clock. Other devices answer UNSUPPORTED. */
+enum anellm_sim_fault {
+    ANELLM_SIM_COMPILE_FAILS = 0, ANELLM_SIM_LOAD_FAILS = 1, ANELLM_SIM_EVAL_FAILS = 2, ANELLM_SIM_EVAL_INF = 3,
+    ANELLM_SIM_EVAL_STALE = 4, ANELLM_SIM_EVAL_SWAPPED = 5, ANELLM_SIM_EVAL_SLOW = 6
+};
+/* After `after` more calls of that kind, the next `count` (-1: all) suffer it; slow_ms only for EVAL_SLOW. */
+int anellm_sim_inject(anellm_ane *device, int fault, int64_t after, int64_t count, double slow_ms);
+int anellm_sim_clear_faults(anellm_ane *device);
+int anellm_sim_idle(anellm_ane *device, double seconds);                    /* let modelled time pass */
+typedef struct {
+    char rule[8];                                 /* "Q21" */
+    int32_t line, column;                         /* 0: of no place in the text */
+    int64_t times;                                /* evaluations or elements, whatever the text says */
+    char text[240];
+} anellm_sim_finding;
+/* What was, or will be, wrong without an error: found by compiling, and by the evaluations so far. */
+int anellm_sim_count_findings(anellm_ane_program *program, int64_t *n);
+int anellm_sim_get_finding(anellm_ane_program *program, int64_t index, anellm_sim_finding *finding);
+/* The ops: name, 1 if computed / 0 if refused, and the evidence. RANGE after the last. */
+typedef struct {
+    char name[40];
+    int32_t computed;
+    char evidence[160];
+    char parameters[120];
+} anellm_sim_op_info;
+int anellm_sim_get_op(int64_t index, anellm_sim_op_info *info);
+
+/* ---- the programs that a model runs on a Neural Engine (csrc/backend/ane/program.h; docs/ane.md) --------------- */
+enum anellm_ane_field_kind {
+    ANELLM_ANE_FIELD_ROWS = 0,                    /* (B*T, channels) of the model: channel first, column b*Tp + t */
+    ANELLM_ANE_FIELD_WEIGHTS = 1,                 /* channel = row of the model's (out, in) matrix */
+    ANELLM_ANE_FIELD_WEIGHTS_T = 2,               /* channel = column of the matrix */
+    ANELLM_ANE_FIELD_SCORES = 3                   /* channel h*Tp + i, column b*Tp + j: query i, key j of head h */
+};
+enum { ANELLM_ANE_MAX_FIELDS = 8, ANELLM_ANE_MAX_FILES = 8 };
+typedef struct anellm_ane_field {                 /* a place in a surface */
+    const char *name;
+    int64_t channel, column, channels, columns;
+    int32_t kind;
+} anellm_ane_field;
+typedef struct anellm_ane_io {                    /* a surface: fp16 [1, channels, 1, width] */
+    int64_t channels, width;
+    int64_t bytes;                                /* of the surface; at least 49,152 (Q09) */
+    int64_t n_fields;
+    anellm_ane_field fields[ANELLM_ANE_MAX_FIELDS];
+} anellm_ane_io;
+typedef struct {
+    const char *name;                             /* "attn_fwd", ... */
+    int32_t backward;                             /* evaluated in the backward pass; else in the forward pass */
+    int32_t softmax_cpu;                          /* 0: only with the softmax on the engine, 1: the CPU, -1: always */
+    int32_t evaluations;                          /* per layer and micro-step, where it is used */
+    int32_t reserved;
+    double flops;                                 /* of an evaluation: 2 x multiply-adds of its matrix products */
+    anellm_ane_io input, output;
+    int64_t mil_bytes;
+    int64_t n_files;
+    int64_t file_bytes[ANELLM_ANE_MAX_FILES];
+    char file_paths[ANELLM_ANE_MAX_FILES][64];    /* "@model_path/weights/mask.bin" */
+} anellm_ane_program_info;
+/* Programs by index, from 0; RANGE after the last, UNSUPPORTED when a dimension is beyond what any chip takes. */
+int anellm_ane_describe(int index, const anellm_config *config, int64_t B, int64_t T, anellm_ane_program_info *info);
+/* MIL text (mil_bytes, no NUL) and weight file number `file` (file_bytes[file]) into the caller's memory. */
+int anellm_ane_describe_text(int index, const anellm_config *config, int64_t B, int64_t T, char *out, int64_t bytes);
+int anellm_ane_describe_file(int index, const anellm_config *config, int64_t B, int64_t T, int64_t file, void *out,
+                             int64_t bytes);
+/* Between arrays and fields of a surface (contracts in csrc/backend/ane/layout.h); plane points at a field's first
+ * value, width is the distance between channels. absmax may be NULL; it is inf with inf or NaN. */
+int anellm_ane_pack_rows(uint16_t *plane, int64_t width, float *absmax, const float *x, int64_t ld_x, int64_t B,
+                         int64_t T, int64_t Tp, int64_t channels, int exponent);
+int anellm_ane_unpack_rows(float *x, int64_t ld_x, float *absmax, int64_t *n_inf, const uint16_t *plane, int64_t width,
+                           int64_t B, int64_t T, int64_t Tp, int64_t channels, int exponent, int accumulate);
+int anellm_ane_pack_weights(uint16_t *plane, int64_t width, float *absmax, const float *w, int64_t ld_w, int64_t n_rows,
+                            int64_t n_columns, int transposed, int exponent);
+int anellm_ane_scale_plane(uint16_t *out, int64_t ld_out, float *absmax, int64_t *n_inf, const uint16_t *in,
+                           int64_t ld_in, int64_t channels, int64_t columns, int exponent);
+
+/* ---- a model whose blocks run on a Neural Engine (csrc/backend/ane/blocks.c; docs/ane.md) ---------------------- */
+typedef struct {
+    int32_t scaling;                              /* 1: gradients go to the device times a power of two that keeps them
+                                                     in its range; 0: as they are, which loses the small ones */
+    int32_t softmax_cpu;                          /* 1: mask and softmax of the attention on the CPU */
+    int32_t async_dw;                             /* 1: weight gradients on a background thread, beside the evaluations;
+                                                     the same bytes as with 0 */
+} anellm_ane_options;
+/* From now on attention and mlp blocks of forward and backward run on the device (embedding, norms, classifier, loss,
+ * weight gradients, the optimizer and decode stay on the CPU). The device stays the caller's and must outlive the model
+ * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1}. Needs a model made with "cpu", of dtype
+ * fp32. UNSUPPORTED when a dimension of the model is beyond what any chip takes. Forgets a forward that was not gone back
+ * through; programs are compiled by the first forward of a batch shape. */
+int anellm_model_attach_ane(anellm_model *model, anellm_ane *device, const anellm_ane_options *options);
+/* A forward or backward on the device can also end with
+ *   COMPILE    the device refused a program: which, for which shape, why
+ *   EVAL       an evaluation failed: which program, which layer, the device's error
+ *   NONFINITE  a value was out of range on its way in, or infinite on its way out: which program, which layer
+ * Parameters and moments are untouched then. Gradients hold a partial sum that must not be used: with accumulation, the
+ * whole step is to be skipped. backward needs a new forward first. An evaluation that reports success and writes nothing
+ * is an EVAL too; one that writes the results of another input cannot be seen. */
+typedef struct {
+    int64_t programs;                             /* compiled now; at most 16 */
+    int64_t evaluations, rescales, retries;       /* since it was attached; rescale: an exponent was changed, retry: an
+                                                     evaluation was repeated with a smaller one after an overflow */
+    int64_t surface_bytes;                        /* memory of all surfaces now */
+    double ane_flops, cpu_flops;                  /* of matrix products, in the last forward and backward */
+    double max_activation;                        /* max |residual| of the last forward, and in which layer */
+    int32_t max_activation_layer;
+} anellm_ane_stats;
+int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats);      /* INVALID unless attached */
+/* max |residual| behind each layer's two blocks in the last forward; n_layers must be the model's. */
+int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_layers);
+/* The scales' state, which a run that goes on exactly where it stopped needs beside parameters and moments: its size,
+ * and its values, read (write == 0) or set. */
+int anellm_model_ane_n_exponents(anellm_model *model, int64_t *n);
+int anellm_model_ane_exponents(anellm_model *model, int32_t *exponents, int64_t n, int write);
+/* Bytes of surfaces and buffers that batches of B x T take beside anellm_memory(), without taking any. */
+int anellm_ane_memory(int64_t *bytes, const anellm_config *config, int64_t B, int64_t T, int training,
+                      const anellm_ane_options *options);
+
+/* ---- trace: what ran when, inside forward and backward (python/anellm/profile.py) ------------------------------- */
+enum anellm_trace_row { ANELLM_TRACE_CALLER = 0, ANELLM_TRACE_DEVICE = 1, ANELLM_TRACE_JOBS = 2 };
+typedef struct {
+    char name[24];
+    int32_t row;                                  /* enum above: where it ran */
+    int32_t layer;                                /* -1: of none */
+    int64_t start_ns, end_ns;                     /* of anellm_trace_now() */
+} anellm_trace_event;
+int64_t anellm_trace_now(void);                   /* a steady clock, in ns */
+int anellm_trace_enable(int64_t capacity);        /* keep up to so many events; 0 stops. Forgets what was kept. */
+/* Move up to n events out, oldest first: how many, and how many were lost for want of room since the last call. */
+int anellm_trace_take(anellm_trace_event *events, int64_t n, int64_t *n_taken, int64_t *n_lost);
+
 /* cffi:end */
 
 #endif

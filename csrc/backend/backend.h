@@ -69,6 +69,8 @@ struct anellm_step {
     int64_t B, T;                             /* N = B * T */
     const float *rope_cos, *rope_sin;         /* (T, head_dim / 2) */
     const struct anellm_workspace *workspace;
+    int64_t layer;                            /* of the attention or mlp block; forward starts at 0 */
+    int training;                             /* forward: backward will follow */
     int accumulate;                           /* backward: add to the gradients of matrices */
     int dtype;                                /* of enum anellm_dtype: what matrix products round their inputs to */
     int64_t n_classes;                        /* rows of the classifier: vocab_size, or fewer (model/vocab.c) ... */
@@ -102,11 +104,22 @@ struct anellm_backend {
     int (*classifier_backward)(void *state, const struct anellm_step *step, float *dx,
                                const struct anellm_head_weights *dw, const int32_t *targets, float scale,
                                const struct anellm_head_weights *w, const struct anellm_head_saved *saved);
+    /* The end of every backward pass, also of one that failed: waits for the gradients that are still being computed
+     * aside, and says whether they could be. NULL: there are none. */
+    int (*finish)(void *state);
 };
 
 /* The backend of that name ("cpu"), or NULL. */
 const struct anellm_backend *anellm_backend_find(const char *name);
 extern const struct anellm_backend anellm_backend_cpu;
+
+/* Parts of the CPU's blocks that other backends use. RMSNorm over head_dim of each q and k head, in place, before RoPE
+ * (Qwen3). qk (N, ld) starts with q, then k; rstd is (n_heads + n_kv_heads, N) or NULL. */
+int anellm_cpu_qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_config *config, int64_t N,
+                               const struct anellm_layer_weights *w);
+int anellm_cpu_qk_norm_backward(float *dqk, int64_t ld, const struct anellm_layer_weights *dw,
+                                const anellm_config *config, int64_t N, const struct anellm_layer_weights *w,
+                                const struct anellm_layer_saved *saved);
 
 /* Attention over a cache of keys and values; always on the CPU. k_cache, v_cache (n_kv_heads, max_tokens, head_dim)
  * hold `start` tokens; n are appended. x (n, dim) is replaced by x + attention(norm(x)). scratch: n * (dim + 2 q_dim +

@@ -238,6 +238,7 @@ static struct anellm_step make_step(const anellm_model *model, const struct plan
                                 .rope_cos = cos_table,
                                 .rope_sin = cos_table + model->rope_len * (c->head_dim / 2),
                                 .workspace = &plan->workspace,
+                                .training = plan->dx != NULL,
                                 .dtype = model->dtype,
                                 .n_classes = c->vocab_size};
 }
@@ -265,6 +266,7 @@ static int llama_forward(anellm_model *model, float *losses, float *logits, cons
         const struct anellm_layer_weights w = layer_weights(c, params, layer);
         const struct anellm_layer_saved saved = layer_saved(&plan, layer);
         float *out = layer + 1 < c->n_layers ? layer_saved(&plan, layer + 1).x : plan.last_x;
+        step.layer = layer;
         ANELLM_TRY(backend->attention_forward(model->backend_state, &step, saved.mid, &w, &saved));
         ANELLM_TRY(backend->mlp_forward(model->backend_state, &step, out, &w, &saved));
     }
@@ -323,6 +325,7 @@ static int llama_backward(anellm_model *model, const int32_t *tokens, const int3
     for (int64_t layer = c->n_layers - 1; layer >= 0; --layer) {
         const struct anellm_layer_weights w = layer_weights(c, params, layer), dw = layer_weights(c, grads, layer);
         const struct anellm_layer_saved saved = layer_saved(&plan, layer);
+        step.layer = layer;
         ANELLM_TRY(backend->mlp_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
         ANELLM_TRY(backend->attention_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
     }

@@ -136,6 +136,10 @@ int anellm_model_set_dtype(anellm_model *model, int dtype) {
     ANELLM_REQUIRE(dtype == ANELLM_DTYPE_FP32 || dtype == ANELLM_DTYPE_BF16, "dtype = %d, must be 0 (fp32) or 1 (bf16)",
                    dtype);
     ANELLM_TRY(anellm_model_take(model, __func__));
+    if (dtype != ANELLM_DTYPE_FP32 && model->backend != &anellm_backend_cpu) {
+        anellm_model_release(model);
+        return anellm_fail_in(__func__, ANELLM_UNSUPPORTED, "dtype bf16 is for models that compute on the CPU");
+    }
     if (model->dtype != dtype) model->backward_ready = 0; /* backward may need activations in another form */
     model->dtype = dtype;
     anellm_model_release(model);
@@ -304,6 +308,8 @@ int anellm_model_backward(anellm_model *model, double scale, int accumulate) {
         const double per_target = model->n_targets > 0 ? scale / (double)model->n_targets : 0.0;
         status = model->arch->backward(model, batch_tokens(model), batch_targets(model), (float)per_target,
                                        accumulate != 0);
+        const int finished = model->backend->finish == NULL ? ANELLM_OK : model->backend->finish(model->backend_state);
+        if (status == ANELLM_OK) status = finished;
     }
     anellm_model_release(model);
     return status;

@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # Public name -> the module it lives in.
 _EXPORTS = {
     "AdamW": "anellm.optim",
+    "AneOptions": "anellm.device",
     "AnellmError": "anellm.errors",
     "IGNORE_INDEX": "anellm.model",
     "Model": "anellm.model",
@@ -33,6 +34,7 @@ _EXPORTS = {
 __all__ = [
     "IGNORE_INDEX",
     "AdamW",
+    "AneOptions",
     "AnellmError",
     "Model",
     "ModelConfig",
@@ -48,7 +50,7 @@ __all__ = [
 if TYPE_CHECKING:
     from anellm.config import ModelConfig, TrainConfig
     from anellm.data import TokenDataset
-    from anellm.device import set_threads
+    from anellm.device import AneOptions, set_threads
     from anellm.errors import AnellmError
     from anellm.model import IGNORE_INDEX, Model
     from anellm.optim import AdamW

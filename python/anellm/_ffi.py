@@ -85,6 +85,7 @@ class Handle:
     def __init__(self, pointer: Any, free: Any, what: str) -> None:
         self._pointer = ffi.gc(pointer, free)
         self._what = what
+        self.kept: object = None  # what the C object uses, and must not be freed before it
 
     @property
     def pointer(self) -> Any:

@@ -12,7 +12,7 @@ from anellm.bench_timing import BenchJob
 from anellm.cli import Result, Verb
 from anellm.compress import WEIGHTS
 from anellm.config import ModelConfig, preset_names
-from anellm.device import DTYPES, set_threads
+from anellm.device import DTYPES, named_device, set_threads
 from anellm.errors import ConfigError
 from anellm.options import CommonOptions, option
 
@@ -60,6 +60,8 @@ def job_of(config: BenchConfig) -> BenchJob:
     Raises:
         ConfigError: on an unknown peer, a sequence beyond the model's longest, or a drawing that is no SVG.
     """
+    if named_device(config.device) != "cpu":
+        raise ConfigError(f"--device: bench measures the CPU, found {config.device}")
     compare = parse_compare(config.compare)
     changes: dict[str, Any] = {} if config.vocab_size is None else {"vocab_size": config.vocab_size}
     shape = ModelConfig.from_preset(config.preset, **changes)

@@ -2,7 +2,8 @@
 
 ``step_00000100/`` is a Hugging Face directory (config.json, model.safetensors) with what training needs besides:
 optimizer.safetensors (AdamW's moments as ``m.<tensor>`` and ``v.<tensor>``), state.json, the tokenizer's files
-where it is known, and checkpoint.json, written last, with the size and SHA-256 of every other file.
+where it is known, ane.json where a Neural Engine computed (ane_run.py), and checkpoint.json, written last, with the
+size and SHA-256 of every other file.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _check_finite(tensors: Mapping[str, np.ndarray[Any, Any]], what: str) -> Non
 
 
 def save(
-    run_dir: Path, step: int, model: Model, state: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
+    run_dir: Path, step: int, model: Model, state: Mapping[str, Any], more: Mapping[str, bytes] | None = None
 ) -> Path:
     """Write the checkpoint of a step: complete and synced under its name, or not there at all.
 
@@ -72,7 +73,7 @@ def save(
         step: updates done.
         model: a model with training enabled.
         state: what state.json holds, JSON-serialisable.
-        tokenizer: content of the tokenizer's files by name, where it is known; see BaseTokenizer.files().
+        more: content of other files by name: see BaseTokenizer.files() and EngineRun.files().
 
     Returns:
         The checkpoint's directory.
@@ -93,7 +94,7 @@ def save(
         with folder.file(OPTIMIZER) as file:
             write_safetensors(file, moments)
         folder.write_bytes(STATE, safeio.json_bytes(state))
-        for name, content in (tokenizer or {}).items():
+        for name, content in (more or {}).items():
             folder.write_bytes(name, content)
         folder.write_bytes(MANIFEST, safeio.json_bytes({"format": FORMAT, "step": step, "files": dict(folder.files)}))
     return target
@@ -216,6 +217,11 @@ def verify(path: Path) -> int:
         if found != entry["sha256"]:
             raise CheckpointError(f"{path / name}: SHA-256: expected {entry['sha256']} by {MANIFEST}, found {found}")
     return step
+
+
+def has_file(path: Path, name: str) -> bool:
+    """Return whether a checkpoint's manifest names a file, so that verify() has checked it."""
+    return name in _read_manifest(path / MANIFEST)[1]
 
 
 def is_whole(path: Path) -> bool:

@@ -53,6 +53,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("anellm.convert", "write a model in another format, read it back and compare"),
     "bench": ("anellm.bench", "measure speed and memory, and compare with what else is installed"),
     "prepare": ("anellm.prepare", "turn text into shards of tokens, with any tokenizer or one that is learnt"),
+    "sim": ("anellm.sim", "run and check programs for the Neural Engine on a simulated one"),
+    "mil": ("anellm.mil", "write the programs that a model runs on a Neural Engine"),
     "info": ("anellm.info", "show the device, the CPU variant and the versions in use"),
 }
 

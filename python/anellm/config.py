@@ -13,7 +13,7 @@ from typing import Any
 
 from anellm.device import DTYPES
 from anellm.errors import ConfigError
-from anellm.options import CommonOptions, check_config, check_keys, nearest, option
+from anellm.options import DeviceOptions, check_config, check_keys, nearest, option
 
 _INT32_MAX = 2**31 - 1
 ARCHITECTURES = ("llama",)
@@ -212,7 +212,7 @@ _MAX = 2**53  # the largest range in which JSON readers keep whole numbers exact
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CommonOptions):
+class TrainConfig(DeviceOptions):
     """Every option of a training run: defaults, flags, config file and what a run directory keeps.
 
     A step is one optimizer update; every interval is in steps, and 0 means never.
@@ -315,7 +315,10 @@ class TrainConfig(CommonOptions):
     decay: str = option("matrices", "which tensors decay", choices=("matrices", "all"), group="optimization")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: do not clip", low=0, group="optimization")
     max_bad_steps: int = option(
-        10, "stop after this many steps in a row with non-finite gradients", low=1, group="optimization"
+        10,
+        "stop after this many steps in a row with non-finite gradients, or that a device failed in",
+        low=1,
+        group="optimization",
     )
 
     eval_interval: int = option(
@@ -345,6 +348,9 @@ class TrainConfig(CommonOptions):
 
     def __post_init__(self) -> None:
         check_config(self)
+        super().__post_init__()
+        if self.dtype != "fp32" and self.ane_options() is not None:
+            raise ConfigError(f"--dtype {self.dtype}: only for --device cpu, found --device {self.device}")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"--steps and --epochs exclude each other, found {self.steps} and {self.epochs:g}")
         if self.model is not None and self.preset is not None:

@@ -6,14 +6,49 @@ import functools
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from anellm.errors import InvalidError, UnavailableError
 
-DEVICES = ("auto", "cpu", "ane")
+DEVICES = ("auto", "cpu", "ane", "ane-sim")
 Dtype = Literal["fp32", "bf16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)  # what matrix products can multiply; in the order of enum anellm_dtype
 MAX_THREADS = 256
+NUMERICS = ("exact", "fast")
+SOFTMAX = ("ane", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AneOptions:
+    """How a model computes on a Neural Engine, real (``ane``) or simulated (``ane-sim``).
+
+    Attributes:
+        chip: what is simulated: m1, m2, m3, m3ultra, m4, m5, m6, or the path of a ``.json`` file that describes one.
+        numerics: of the simulation: "exact" is the engine's arithmetic for every product; "fast" takes an fp32 product
+            where a bound proves that it makes no difference that matters.
+        scaling: scale gradients by powers of two, so that the engine's sums neither lose nor overflow them, and the
+            loss as well (see anellm.loss_scaler). Without it training stalls: it is there to show that.
+        softmax: where attention's softmax and its causal mask are computed: "ane" or "cpu".
+
+    Raises:
+        InvalidError: naming the field, what was expected and what was found.
+    """
+
+    chip: str = "m4"
+    numerics: str = "fast"
+    scaling: bool = True
+    softmax: str = "ane"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chip, str) or not self.chip or "\0" in self.chip:
+            raise InvalidError(f"chip: expected a name or the path of a .json file, found {self.chip!r}")
+        for name, known in (("numerics", NUMERICS), ("softmax", SOFTMAX)):
+            value = getattr(self, name)
+            if value not in known:
+                raise InvalidError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+        if not isinstance(self.scaling, bool):
+            raise InvalidError(f"scaling: expected true or false, found {self.scaling!r}")
 
 
 def why_no_ane() -> str:
@@ -25,6 +60,28 @@ def why_no_ane() -> str:
     return "this version of anellm has no backend for the Apple Neural Engine: it computes on the CPU"
 
 
+def device_library() -> str | None:
+    """Return the path of the library that is the device ``ane``: ANELLM_ANE_DEVICE names it; None: there is none.
+
+    Such a library exports ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
+    """
+    path = os.environ.get("ANELLM_ANE_DEVICE", "").strip()
+    return os.path.abspath(path) if path else None
+
+
+def named_device(name: str) -> str:
+    """Return the device that a name stands for, whether it can be used here or not: see resolve_device().
+
+    Raises:
+        InvalidError: when there is no device of that name.
+    """
+    if name == "auto":
+        name = os.environ.get("ANELLM_DEVICE", "").strip() or "auto"
+    if name not in DEVICES:
+        raise InvalidError(f"device: expected one of {', '.join(DEVICES)}, found {name!r}")
+    return "cpu" if name == "auto" else name
+
+
 def resolve_device(name: str) -> str:
     """Return the device that a name stands for: "auto" takes ANELLM_DEVICE, and else the CPU.
 
@@ -32,13 +89,10 @@ def resolve_device(name: str) -> str:
         InvalidError: when there is no device of that name.
         UnavailableError: when it cannot be used on this machine; says why.
     """
-    if name == "auto":
-        name = os.environ.get("ANELLM_DEVICE", "").strip() or "auto"
-    if name not in DEVICES:
-        raise InvalidError(f"device: expected one of {', '.join(DEVICES)}, found {name!r}")
-    if name == "ane":
-        raise UnavailableError(f"device ane: {why_no_ane()}")
-    return "cpu"
+    name = named_device(name)
+    if name == "ane" and device_library() is None:
+        raise UnavailableError(f"device ane: {why_no_ane()}; ane-sim simulates it")
+    return name
 
 
 def environment_threads(environ: Mapping[str, str] = os.environ) -> int | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from anellm.ane_run import describe_engine, evaluation_summary
 from anellm.cli import Result, Verb
 from anellm.data import TokenDataset
 from anellm.device import set_threads
@@ -14,14 +15,14 @@ from anellm.errors import ConfigError
 from anellm.inputs import check_fits
 from anellm.measure import measure
 from anellm.model import Model, memory
-from anellm.options import CommonOptions, option
+from anellm.options import DeviceOptions, option
 from anellm.weights import load_pretrained, load_tokenizer
 
 _LONGEST_DEFAULT = 1024  # windows are not longer than this unless asked for: attention is quadratic
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CommonOptions):
+class EvaluateConfig(DeviceOptions):
     """The options of ``evaluate``."""
 
     model: str | None = option(
@@ -75,8 +76,9 @@ def run(config: EvaluateConfig) -> Result:
         raise ConfigError(f"--seq-len: expected at most the model's max_seq_len {longest}, found {seq_len}")
     tokenizer = load_tokenizer(config.model, shape, config.tokenizer)
     data = TokenDataset.from_file(config.data, config.token_dtype, shape.vocab_size, tokenizer, "val")
-    check_fits(memory(shape, config.batch_size, seq_len, training=False))
-    model = Model.from_pretrained(config.model, device=config.device)
+    ane = config.ane_options()
+    check_fits(memory(shape, config.batch_size, seq_len, training=False, ane=ane))
+    model = Model.from_pretrained(config.model, device=config.device, ane=ane)
     show = _show(data.n_eval_windows(seq_len, config.max_windows or None))
     found = measure(model, data, config.batch_size, seq_len, config.max_windows, show)
     values = {
@@ -92,6 +94,8 @@ def run(config: EvaluateConfig) -> Result:
         "seq_len": seq_len,
     }
     values["tokenizer_sha256"] = tokenizer.sha256 if tokenizer is not None else None
+    engine = None if model.ane is None else evaluation_summary(model.ane)
+    values |= engine or {}
     bits = values["bits_per_byte"]
     print(
         f"loss {values['loss']:.6f}  perplexity {values['perplexity']:.4f}  "
@@ -99,6 +103,8 @@ def run(config: EvaluateConfig) -> Result:
         + f"({found.tokens} tokens in {found.windows} windows of {seq_len}, {found.seconds:.1f} s, "
         f"{found.tokens / max(found.seconds, 1e-9):.0f} tokens/s)"
     )
+    if engine is not None:
+        print(describe_engine(engine))
     return Result(values)
 
 

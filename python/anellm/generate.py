@@ -12,7 +12,7 @@ from typing import Any, cast
 from anellm.cli import Result, Verb
 from anellm.compress import WEIGHTS, Weights
 from anellm.data import read_text
-from anellm.device import set_threads
+from anellm.device import resolve_device, set_threads
 from anellm.errors import ConfigError, DataError
 from anellm.inputs import check_fits
 from anellm.model import Model, memory
@@ -108,6 +108,17 @@ def _prompt(config: GenerateConfig) -> str:
     return read_text(Path(config.prompt_file))
 
 
+def _load(config: GenerateConfig, path: str) -> Model:
+    """Return the model, on the CPU: a token at a time leaves a Neural Engine nothing to do."""
+    device = resolve_device(config.device)
+    if device != "cpu":
+        print(f"device {device}: text is decoded on the CPU, whatever the model was trained on", file=sys.stderr)
+    model = Model.from_pretrained(path, device="cpu")
+    if config.weights != "fp32":
+        model.compress(cast("Weights", config.weights), release=True)
+    return model
+
+
 def run(config: GenerateConfig) -> Result:
     """Generate, and print and return the texts."""
     if config.model is None:
@@ -124,9 +135,7 @@ def run(config: GenerateConfig) -> Result:
             f"prompt: expected at most the model's max_seq_len {shape.max_seq_len} tokens, found {len(ids)}"
         )
     check_fits(memory(shape, 1, len(ids), training=False))
-    model = Model.from_pretrained(config.model, device=config.device)
-    if config.weights != "fp32":
-        model.compress(cast("Weights", config.weights), release=True)
+    model = _load(config, config.model)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets '?', not an error
     samples: list[dict[str, Any]] = []

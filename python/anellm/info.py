@@ -11,7 +11,7 @@ from typing import Any
 
 from anellm._ffi import lib, text
 from anellm.cli import Result, Verb
-from anellm.device import set_threads, why_no_ane
+from anellm.device import device_library, named_device, set_threads, why_no_ane
 from anellm.machine import available_bytes, human_bytes
 from anellm.options import CommonOptions, option
 
@@ -44,16 +44,18 @@ def _names(value: str) -> list[str]:
     return [name for name in value.split(",") if name]
 
 
-def collect(threads: int) -> dict[str, Any]:
+def collect(threads: int, device: str = "auto") -> dict[str, Any]:
     """Return everything that ``info`` shows.
 
     Args:
         threads: size of the thread pool.
+        device: what is asked for, by a flag or the environment.
     """
     return {
         "anellm": text(lib.anellm_version()),
-        "device": "cpu",
-        "devices": {"cpu": None, "ane": why_no_ane()},  # the reason why not, or null where it can be used
+        "device": named_device(device),
+        # The reason why not, or null where it can be used.
+        "devices": {"cpu": None, "ane": None if device_library() else why_no_ane(), "ane-sim": None},
         "cpu_variant": text(lib.anellm_cpu_variant()),
         "cpu_variants": _names(text(lib.anellm_cpu_variants())),
         "cpu_features": _names(text(lib.anellm_cpu_features())),
@@ -82,7 +84,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("anellm", found["anellm"]),
         ("device", found["device"]),
-        ("ane", f"not available: {found['devices']['ane']}"),
+        ("ane", "not available: " + why if (why := found["devices"]["ane"]) else "available"),
         ("cpu variant", f"{found['cpu_variant']} (of {', '.join(found['cpu_variants'])})"),
         ("cpu features", ", ".join(found["cpu_features"]) or "none that anellm uses"),
         ("threads", f"{found['threads']} (of {found['cpus']} CPUs)"),
@@ -97,7 +99,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def run(config: InfoConfig) -> Result:
     """Print what was found, and return it."""
-    found = collect(set_threads(config.threads))
+    found = collect(set_threads(config.threads), config.device)
     lines = _lines(found)
     if config.report:
         print("```text", *(f"{label}: {value}" for label, value in lines), "```", sep="\n")

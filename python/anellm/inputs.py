@@ -144,7 +144,8 @@ def _open_data(
 def forecast(config: TrainConfig, shape: ModelConfig) -> tuple[Memory, dict[str, Any]]:
     """Return a run's memory, and with it what --dry-run reports."""
     seq_len = default_seq_len(config, shape.max_seq_len)
-    need = memory(shape, config.batch_size, seq_len, training=True, dtype=cast("Dtype", config.dtype))
+    dtype = cast("Dtype", config.dtype)
+    need = memory(shape, config.batch_size, seq_len, training=True, dtype=dtype, ane=config.ane_options())
     tokens = config.batch_size * seq_len * config.gradient_accumulation_steps
     return need, {
         "model": shape.to_dict(),

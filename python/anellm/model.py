@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -12,8 +12,11 @@ from anellm import errors
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
 from anellm.compress import RemainingParams, Weights, weights_kind
 from anellm.config import ModelConfig
-from anellm.device import DTYPES, Dtype, configure, resolve_device
+from anellm.device import DTYPES, AneOptions, Dtype, configure, resolve_device
 from anellm.sample import BOS_ID, EOS_ID, Sampling, TokenStream, generate_stream
+
+if TYPE_CHECKING:
+    from anellm.ane import ModelEngine
 
 IGNORE_INDEX: int = lib.ANELLM_IGNORE_INDEX
 INIT_STD = 0.02
@@ -100,7 +103,15 @@ def tensor_table(config: ModelConfig) -> list[TensorInfo]:
     return table
 
 
-def memory(config: ModelConfig, batch_size: int, seq_len: int, *, training: bool, dtype: Dtype = "fp32") -> Memory:
+def memory(
+    config: ModelConfig,
+    batch_size: int,
+    seq_len: int,
+    *,
+    training: bool,
+    dtype: Dtype = "fp32",
+    ane: AneOptions | None = None,
+) -> Memory:
     """Return the memory that a model will take, without taking any.
 
     Args:
@@ -109,9 +120,20 @@ def memory(config: ModelConfig, batch_size: int, seq_len: int, *, training: bool
         seq_len: tokens (T) in each.
         training: count gradients, moments and what backward needs.
         dtype: as for Model.set_dtype().
+        ane: how it computes on an ANE device: surfaces count as workspace. None: on the CPU.
+
+    Raises:
+        UnsupportedError: when a dimension of the model is beyond what any engine takes.
     """
     info = ffi.new("anellm_memory_info *")
-    check(lib.anellm_memory(info, _c_config(config), batch_size, seq_len, int(training), _dtype_code(dtype)))
+    c_config = _c_config(config)
+    check(lib.anellm_memory(info, c_config, batch_size, seq_len, int(training), _dtype_code(dtype)))
+    if ane is not None:
+        from anellm.ane import memory_bytes
+
+        more = memory_bytes(c_config, batch_size, seq_len, training=training, options=ane)
+        info.workspace_bytes += more
+        info.total_bytes += more
     return Memory(*(getattr(info, name) for name in Memory._fields))
 
 
@@ -151,29 +173,40 @@ class Model:
 
     Args:
         config: the model's dimensions.
-        device: "cpu", or "auto" (ANELLM_DEVICE, else the CPU).
+        device: "cpu", "ane", "ane-sim" (the Neural Engine, simulated), or "auto" (ANELLM_DEVICE, else the CPU).
         seed: of the weights, 0 to 2^64 - 1; None leaves them zero, for weights that are about to be written.
+        ane: how "ane" and "ane-sim" compute; None: as AneOptions() says.
+
+    Attributes:
+        device: the name of what computes: "cpu", "ane" or "ane-sim".
+        ane: the Neural Engine it computes on, with its counters; None on the CPU.
 
     Raises:
-        InvalidError: on impossible dimensions.
+        InvalidError: on impossible dimensions, or ``ane`` with the CPU.
         OutOfMemoryError: when the system refuses the memory.
         UnavailableError: when there is no such device.
+        UnsupportedError: when the device cannot compute a model of this shape.
     """
 
-    def __init__(self, config: ModelConfig, device: str = "auto", *, seed: int | None = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, device: str = "auto", *, seed: int | None = 0, ane: AneOptions | None = None
+    ) -> None:
         """See the class."""
         configure()
         self.config = config
-        self.device = resolve_device(device)
+        self.device = "cpu"
+        self.ane: ModelEngine | None = None
+        wanted = resolve_device(device)
         self.tokenizer_path: Path | None = None
         out = ffi.new("anellm_model **")
-        check(lib.anellm_model_create(out, _c_config(config), self.device.encode()))
+        check(lib.anellm_model_create(out, _c_config(config), b"cpu"))
         self._handle = Handle(out[0], lib.anellm_model_free, "model")
         self.tensors = tensor_table(config)
         self.params = self._views(lib.anellm_model_params(self._pointer))
         self.dtype: Dtype = "fp32"  # what forward() and backward() multiply: see set_dtype()
         self.weights: Weights = "fp32"  # what decode() reads: see compress()
         self._training_views: list[Mapping[str, FloatArray]] | None = None
+        self.to(wanted, ane)
         if seed is not None:
             check(lib.anellm_model_init(self._pointer, seed, INIT_STD))
 
@@ -190,26 +223,37 @@ class Model:
     # ---- making and keeping ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, config: ModelConfig, device: str = "auto", *, seed: int | None = 0) -> Model:
-        """Return a model with new weights: the same as ``Model(config, device, seed=seed)``."""
-        return cls(config, device, seed=seed)
+    def from_config(
+        cls, config: ModelConfig, device: str = "auto", *, seed: int | None = 0, ane: AneOptions | None = None
+    ) -> Model:
+        """Return a model with new weights: the same as ``Model(config, device, seed=seed, ane=ane)``."""
+        return cls(config, device, seed=seed, ane=ane)
 
     @classmethod
-    def from_preset(cls, name: str, device: str = "auto", *, seed: int | None = 0, **overrides: Any) -> Model:
+    def from_preset(
+        cls,
+        name: str,
+        device: str = "auto",
+        *,
+        seed: int | None = 0,
+        ane: AneOptions | None = None,
+        **overrides: Any,
+    ) -> Model:
         """Return a model of a preset's shape with new weights; ``overrides`` replace fields of its ModelConfig.
 
         Raises:
             ConfigError: on an unknown preset or field.
         """
-        return cls(ModelConfig.from_preset(name, **overrides), device, seed=seed)
+        return cls(ModelConfig.from_preset(name, **overrides), device, seed=seed, ane=ane)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "auto") -> Model:
+    def from_pretrained(cls, path: str | Path, device: str = "auto", *, ane: AneOptions | None = None) -> Model:
         """Return the model of a file or directory; its tokenizer, if one lies there, is named by ``tokenizer_path``.
 
         Args:
             path: a llama2.c .bin file, a GGUF file, a Hugging Face directory, a checkpoint, or the directory of a run.
             device: as for Model.
+            ane: as for Model.
 
         Raises:
             DataError: when the path holds no model, or a damaged one.
@@ -217,7 +261,7 @@ class Model:
         from anellm import weights
 
         source = weights.load_pretrained(path)
-        model = cls(source.config, device, seed=None)
+        model = cls(source.config, device, seed=None, ane=ane)
         for name, array in source.tensors:
             model.params[name][...] = array
         model.tokenizer_path = source.tokenizer_path
@@ -257,6 +301,42 @@ class Model:
             raise errors.InvalidError(f"{what}: format {format} is one file of float32; use hf")
         weights.save_llama2c(path, self.config, self.params, weights.LLAMA2C_VERSIONS[format])
 
+    def to(self, device: str, ane: AneOptions | None = None) -> Model:
+        """Let another device compute from now on, and return the model; weights, gradients and moments stay.
+
+        On ANE devices attention and mlp blocks run on the engine, all else on the CPU: generate() and decode() too.
+
+        Args:
+            device: as for Model.
+            ane: as for Model.
+
+        Raises:
+            InvalidError: on ``ane`` with the CPU.
+            UnavailableError: when there is no such device.
+            UnsupportedError: when the device cannot compute a model of this shape or dtype; the model stays where it
+                was.
+        """
+        name = resolve_device(device)
+        if name != "cpu" and self.dtype != "fp32":
+            raise errors.UnsupportedError(f"device {name}: expected a model of dtype fp32, found {self.dtype}")
+        if name == "cpu":
+            if ane is not None:
+                raise errors.InvalidError("ane: only for the devices ane and ane-sim, found cpu")
+            if self.ane is not None:
+                self.ane.detach()
+            self.ane = None
+        else:
+            from anellm.ane import AneDevice, ModelEngine
+
+            self.ane = ModelEngine(self._handle, self.config.n_layers, AneDevice(name, ane or AneOptions()))
+        self.device = name
+        return self
+
+    @property
+    def ane_options(self) -> AneOptions | None:
+        """Return how the model computes on an ANE device; None on the CPU."""
+        return None if self.ane is None else self.ane.device.options
+
     # ---- parameters -----------------------------------------------------------------------------------------------
 
     def weights_changed(self) -> None:
@@ -275,6 +355,7 @@ class Model:
 
         Raises:
             InvalidError: on another dtype.
+            UnsupportedError: on bf16 where a Neural Engine computes: its products are fp16.
         """
         check(lib.anellm_model_set_dtype(self._pointer, _dtype_code(dtype)))
         self.dtype = dtype
@@ -370,7 +451,7 @@ class Model:
 
     def memory(self, batch_size: int, seq_len: int, *, training: bool = True) -> Memory:
         """Return the memory that a pass over (batch_size, seq_len) tokens takes in all."""
-        return memory(self.config, batch_size, seq_len, training=training, dtype=self.dtype)
+        return memory(self.config, batch_size, seq_len, training=training, dtype=self.dtype, ane=self.ane_options)
 
     # ---- forward and backward -------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from anellm.device import DEVICES, MAX_THREADS
+from anellm.device import DEVICES, MAX_THREADS, NUMERICS, SOFTMAX, AneOptions, named_device
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -295,3 +295,88 @@ class CommonOptions:
         group="machine",
     )
     json: str | None = option(None, "write the result to this file as JSON", group="output", flag_only=True)
+
+
+# Option -> the devices it is for.
+_DEVICE_OPTIONS = {
+    "chip": ("ane-sim",),
+    "numerics": ("ane-sim",),
+    "ane_scaling": ("ane", "ane-sim"),
+    "ane_softmax": ("ane", "ane-sim"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(CommonOptions):
+    """What a verb that computes on any device takes besides; what it does not give has AneOptions' default.
+
+    Raises:
+        ConfigError: when an option is given that the device has no use for.
+    """
+
+    chip: str | None = option(
+        None, "chip that ane-sim simulates: m1, m2, m3, m3ultra, m4, m5, m6, or a .json file [m4]", group="machine"
+    )
+    numerics: str | None = option(
+        None,
+        "arithmetic of ane-sim; fast takes fp32 where it provably makes no difference [fast]",
+        choices=NUMERICS,
+        group="machine",
+    )
+    ane_scaling: str | None = option(
+        None,
+        "scale gradients by powers of two on ANE devices; off shows why [on]",
+        choices=("on", "off"),
+        group="machine",
+    )
+    ane_softmax: str | None = option(
+        None, "where ANE devices have attention's softmax computed [ane]", choices=SOFTMAX, group="machine"
+    )
+
+    def __post_init__(self) -> None:
+        device = named_device(self.device)
+        for name, devices in _DEVICE_OPTIONS.items():
+            if getattr(self, name) is not None and device not in devices:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: only for --device {' or '.join(devices)}, found --device {device}"
+                )
+        if self.chip == "":
+            raise ConfigError("--chip: expected a name or a path, found nothing")
+
+    def _given(self) -> dict[str, Any]:
+        """Return the fields of AneOptions that are given."""
+        scaling = None if self.ane_scaling is None else self.ane_scaling == "on"
+        fields = {"chip": self.chip, "numerics": self.numerics, "scaling": scaling, "softmax": self.ane_softmax}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def ane_options(self) -> AneOptions | None:
+        """Return the options as an ANE device takes them; None for other devices."""
+        return None if named_device(self.device) == "cpu" else AneOptions(**self._given())
+
+    def is_met_by(self, device: str, options: AneOptions | None) -> bool:
+        """Return whether a model computes as is asked for here.
+
+        Args:
+            device: what it computes on.
+            options: how, for ANE devices.
+        """
+        given = self._given()
+        if self.device == "auto" and not given:
+            return True
+        return named_device(self.device) == device and all(getattr(options, k, None) == v for k, v in given.items())
+
+    def on_device(self, device: str, options: AneOptions) -> Self:
+        """Return a copy that says what an ANE device is and how it computes."""
+        values: dict[str, Any] = {
+            "chip": options.chip,
+            "numerics": options.numerics,
+            "ane_scaling": "on" if options.scaling else "off",
+            "ane_softmax": options.softmax,
+        }
+        values |= dict.fromkeys(unused_device_options(device))
+        return dataclasses.replace(self, device=device, **values)
+
+
+def unused_device_options(device: str) -> set[str]:
+    """Return the names of the options of DeviceOptions that a device has no use for."""
+    return {name for name, devices in _DEVICE_OPTIONS.items() if named_device(device) not in devices}

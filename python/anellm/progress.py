@@ -95,6 +95,8 @@ class Progress:
         kind, step = record["kind"], record["step"]
         if kind == "step":
             self._show_step(record)
+        elif kind == "eval" and "message" in record:
+            self._line(f"step {step}  validation failed: {record['message']}")
         elif kind == "eval":
             bits = record["bits_per_byte"]
             more = "" if bits is None else f"  bits/byte {bits:.3f}"
@@ -104,6 +106,8 @@ class Progress:
         elif kind == "sample":
             text = printable(record["text"], getattr(self._stream, "encoding", None) or "utf-8")
             self._line(f"step {step}  sample:\n" + "\n".join("  | " + line for line in text.split("\n")))
+        elif kind == "skip" and "message" in record:
+            self._line(f"step {step}  skipped: {record['message']}")
         elif kind == "skip":
             self._line(
                 f"step {step}  skipped: {record['n_nonfinite']} non-finite gradients, first in {record['tensor']}"
@@ -122,6 +126,8 @@ class Progress:
             f"loss {loss if self._loss is None else self._loss:.4f}  lr {record['lr']:.2e}  "
             f"norm {record['grad_norm']:.2f}  {record['tokens_per_s']:.0f} tok/s  {duration(left)} left"
         )
+        if record.get("skipped"):
+            text += f"  {record['skipped']} skipped"
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=step, text=text)
         elif step % self._interval == 0 or step == self._steps or done == 1:

@@ -180,8 +180,8 @@ class RunDirectory:
             with self._writing(metrics.NAME):
                 self._metrics.write(record)
 
-    def save(self, step: int, model: Any, state: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None) -> Path:
-        """Write the checkpoint of a step.
+    def save(self, step: int, model: Any, state: Mapping[str, Any], more: Mapping[str, bytes] | None) -> Path:
+        """Write the checkpoint of a step; see checkpoint.save().
 
         Raises:
             CheckpointError: when the system refuses (a full disk, say); says which checkpoint is still there.
@@ -190,7 +190,7 @@ class RunDirectory:
         with self._writing(f"the checkpoint of step {step}"):
             if self._metrics is not None:  # so that a checkpoint on the disk has its records there
                 self._metrics.sync()
-            path = checkpoint.save(self.path, step, model, state, tokenizer)
+            path = checkpoint.save(self.path, step, model, state, more)
         self.last_saved = step
         return path
 

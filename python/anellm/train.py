@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from anellm import curve, inputs, metrics, rundir
+from anellm.ane import check_usable
+from anellm.ane_run import count_skips, describe_engine
 from anellm.cli import EXIT_INTERRUPTED, Result, Verb
 from anellm.config import ModelConfig, TrainConfig
 from anellm.device import set_threads
 from anellm.machine import human_bytes, human_count
 from anellm.measure import perplexity
 from anellm.model import Model
+from anellm.options import unused_device_options
 from anellm.progress import Progress, duration
 from anellm.trainer import Trainer, TrainResult
 
@@ -37,8 +40,11 @@ def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
     values = rundir.read_config(source)
     if values:
         values["out"] = str(source)
-    # What belongs to the machine, and one side of each pair where the other side is given now.
-    drop = {"device", "threads"}
+    # What belongs to the machine, and one side of each pair where the other side is given now. An ANE device computes
+    # other bits than the CPU does: a run stays where it is unless another device is given.
+    drop = {"threads"}
+    if "device" in given or values.get("device", "auto") in ("auto", "cpu"):
+        drop |= {"device"} | unused_device_options(given.get("device", "cpu"))
     for a, b in (("steps", "epochs"), ("model", "preset")):
         drop |= {a} if b in given else {b} if a in given else set()
     return {key: value for key, value in values.items() if key not in drop}
@@ -71,6 +77,7 @@ def run(config: TrainConfig) -> Result:
 def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirectory | None) -> Result:
     """Train in a run directory: the one that is open already, or a new one once everything else is known to fit."""
     resumed = None if opened is None or opened.resumed is None else opened.resumed.path
+    check_usable(config.device, config.ane_options())
     tokenizer = inputs.load_tokenizer(config, resumed)
     shape = inputs.model_config(config, tokenizer, resumed)
     need, _ = inputs.forecast(config, shape)
@@ -79,11 +86,11 @@ def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirecto
     directory = opened or rundir.RunDirectory(str(config.out), config.resume)
     try:
         if directory.resumed is not None:
-            model = Model(shape, config.device, seed=None)
+            model = Model(shape, config.device, seed=None, ane=config.ane_options())
         elif config.model is not None:
-            model = Model.from_pretrained(config.model, config.device)
+            model = Model.from_pretrained(config.model, config.device, ane=config.ane_options())
         else:
-            model = Model(shape, config.device, seed=config.seed)
+            model = Model(shape, config.device, seed=config.seed, ane=config.ane_options())
         trainer = Trainer(model, config, train_data, val_data, tokenizer, run=directory)
         if trainer.warning is not None:
             print(f"anellm train: warning: {trainer.warning}", file=sys.stderr)
@@ -92,8 +99,9 @@ def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirecto
             ids = f", {trainer.n_ids} of {shape.vocab_size} ids occur" if config.compact_vocab else ""
             print(f"model   {name}: {human_count(shape.n_params())} parameters{ids}")
             print(f"data    {train_data.source}: {human_count(train_data.n_tokens)} tokens, {held_out}")
+            device = model.device if model.ane is None else model.ane.device
             print(
-                f"device  {model.device} ({trainer.state.cpu_variant}, {config.dtype}), {threads} threads; "
+                f"device  {device} ({trainer.state.cpu_variant}, {config.dtype}), {threads} threads; "
                 f"{human_bytes(need.total_bytes)} of memory needed"
             )
             print(f"run     {directory.path}", "" if not trainer.state.step else f"from step {trainer.state.step}")
@@ -122,6 +130,11 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     how = "interrupted at" if result.interrupted else "done:"
     print(f"{how} step {state.step} in {duration(state.seconds)}{loss}{val}")
+    skips = count_skips(metrics.read(path)) if state.skipped_steps else {}
+    if skips:
+        print(f"skipped {state.skipped_steps} steps:", ", ".join(f"{name} ({count})" for name, count in skips.items()))
+    if result.ane:
+        print(describe_engine(result.ane))
     if result.interrupted:
         print(f"go on:  anellm train --resume --out {path}")
     print(f"write:  anellm generate --model {path}")
@@ -132,6 +145,8 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         "loss": result.loss,
         "perplexity": None if state.val_loss is None else perplexity(state.val_loss),
         "interrupted": result.interrupted,
+        **result.ane,
+        **({"skips": skips} if skips else {}),
     }
     return Result(values, EXIT_INTERRUPTED if result.interrupted else 0)
 

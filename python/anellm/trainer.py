@@ -16,11 +16,21 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from anellm import checkpoint
+from anellm.ane_run import EngineRun, place_of
 from anellm.config import DEFAULT_STEPS, ModelConfig, TrainConfig
 from anellm.device import cpu_variant, follow_cpu_variant
-from anellm.errors import CheckpointError, ConfigError, DivergedError, InvalidError, NonFiniteError
-from anellm.measure import measure
+from anellm.errors import (
+    AnellmError,
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    EvalError,
+    InvalidError,
+    NonFiniteError,
+)
+from anellm.measure import Measurement, measure
 from anellm.metrics import rss_mib
+from anellm.model import GradNorm
 from anellm.optim import AdamW, clip_scale
 from anellm.profile import Tracer
 from anellm.rundir import RunDirectory
@@ -30,7 +40,7 @@ from anellm.state import TrainState
 if TYPE_CHECKING:
     from anellm.data import TokenDataset
     from anellm.device import Dtype
-    from anellm.model import GradNorm, Model
+    from anellm.model import Model
     from anellm.tokenizer_base import BaseTokenizer
 
 Record = Mapping[str, Any]
@@ -46,12 +56,14 @@ class TrainResult:
         loss: training loss of the last step, in nats a token; None when there was none.
         interrupted: stopped by a signal before its last step.
         out: the run directory, or None.
+        ane: device, chip, numerics, share of the FLOPs and modelled time of the Neural Engine; empty on the CPU.
     """
 
     state: TrainState
     loss: float | None
     interrupted: bool
     out: Path | None
+    ane: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def default_seq_len(config: TrainConfig, max_seq_len: int) -> int:
@@ -64,6 +76,18 @@ def default_seq_len(config: TrainConfig, max_seq_len: int) -> int:
     if seq_len > max_seq_len:
         raise ConfigError(f"--seq-len: expected at most the model's longest, {max_seq_len}, found {seq_len}")
     return seq_len
+
+
+def place(model: Model, config: TrainConfig) -> TrainConfig:
+    """Bring a model to the device that a config names, and return the config with what the model computes on.
+
+    Raises:
+        UnavailableError, UnsupportedError: see Model.to().
+    """
+    if not config.is_met_by(getattr(model, "device", "cpu"), getattr(model, "ane_options", None)):
+        model.to(config.device, config.ane_options())
+    engine = getattr(model, "ane", None)
+    return config if engine is None else config.on_device(model.device, engine.device.options)
 
 
 def resolve(config: TrainConfig, shape: ModelConfig, train_data: TokenDataset) -> TrainConfig:
@@ -112,6 +136,7 @@ class Trainer:
         callbacks: Sequence[Callable[[Record], None]] = (),
         run: RunDirectory | None = None,
         optimizer: AdamW | None = None,
+        device: str | None = None,
     ) -> None:
         """Prepare a run, or the rest of one.
 
@@ -121,15 +146,20 @@ class Trainer:
             train_data: tokens to train on.
             val_data: tokens held out; None trains without validation.
             tokenizer: for samples, and to be kept with checkpoints.
-            callbacks: called with each record (kinds step, skip, eval, sample, save and interrupt), to read only.
+            callbacks: called with each record (kinds device, step, skip, eval, sample, save and interrupt), to read
+                only.
             run: the run directory when it is open already; None opens ``config.out``.
             optimizer: None makes the config's AdamW.
+            device: what the model computes on from now on, with the config's options for it; None: the config's
+                ``device``, where that is "auto" the model's.
 
         Raises:
+            UnavailableError, UnsupportedError: see Model.to().
             ConfigError, CheckpointError, DataError, BusyError: see RunDirectory and resolve().
         """
         self.model, self.train_data, self.val_data, self.tokenizer = model, train_data, val_data, tokenizer
-        self.config = config = resolve(config, model.config, train_data)
+        config = resolve(config, model.config, train_data)
+        self.config = config = place(model, config if device is None else dataclasses.replace(config, device=device))
         self.seq_len, self.steps, self.peak = (
             int(config.seq_len or 0),
             int(config.steps or 0),
@@ -164,7 +194,8 @@ class Trainer:
         self.n_ids = model.config.vocab_size
         self._loss: float | None = None
         self._stop = False
-        self._tracer = Tracer(config.profile)
+        self._ane = EngineRun(getattr(model, "ane", None))
+        self._tracer = Tracer(config.profile, inside=self._ane.engine is not None)
         self._owns_run = run is None
         self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
         if self.run is not None and self.run.resumed is not None:
@@ -192,6 +223,7 @@ class Trainer:
         self._check_data(source, state)
         checkpoint.load_tensors(source, self.model)
         self.optimizer.load_state_dict({"step": state.optimizer_step})
+        self._ane.restore(source.path)
         self.state = state
         # Another tier gives other last digits, and after some steps other ones.
         self.warning = None if state.cpu_variant is None else follow_cpu_variant(state.cpu_variant)
@@ -224,6 +256,8 @@ class Trainer:
 
         Raises:
             DivergedError: when ``max_bad_steps`` steps in a row had non-finite gradients.
+            EvalError: when as many could not be taken, and the device failed in the last of them.
+            CompileError: when a device refuses a program.
             CheckpointError: when a checkpoint cannot be written.
         """
         try:
@@ -232,6 +266,8 @@ class Trainer:
                 if self.run.resumed is not None:  # the kill may have come between a checkpoint and its note
                     self.run.retain(self.config, self.state.best_step, self.state.best_val_loss)
             with self._tracer, self._signals():
+                if self._ane.engine is not None:
+                    self._emit({"kind": "device", "step": self.state.step, **self._ane.describe()})
                 if self.state.step == 0 and (self.run is None or self.run.resumed is None):
                     self._evaluate()
                 while self.state.step < self.steps and not self._stop:
@@ -242,40 +278,36 @@ class Trainer:
                 if interrupted:
                     self._emit({"kind": "interrupt", "step": self.state.step})
                 self._save()
-            return TrainResult(self.state, self._loss, interrupted, None if self.run is None else self.run.path)
+            out = None if self.run is None else self.run.path
+            return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary())
         finally:
             if self.run is not None and self._owns_run:
                 self.run.close()
 
     def _step(self) -> None:
         """Take one step: micro-steps, the gradient's norm, the update."""
-        config, state, model = self.config, self.state, self.model
+        config, state = self.config, self.state
         start = time.perf_counter()
         lr = self.learning_rate(state.step)
         n_micro = config.gradient_accumulation_steps
-        loss = 0.0
-        for micro in range(n_micro):
-            with self._tracer.span("batch"):
-                tokens, targets = self.train_data.batch(
-                    config.seed, state.step, micro, config.batch_size, self.seq_len, n_micro, config.window_order
-                )
-            with self._tracer.span("forward"):
-                loss += model.forward(tokens, targets, training=True) / n_micro
-            with self._tracer.span("backward"):
-                model.backward(1.0 / n_micro, accumulate=micro > 0)  # the first overwrites
-            state.tokens += tokens.size
-        with self._tracer.span("grad_norm"):
-            gradient = model.grad_norm()
+        loss, gradient, error = math.nan, GradNorm(math.nan, 0, None), None
+        self._ane.begin_step()
+        try:
+            loss, gradient = self._gradient(n_micro)
+        except (NonFiniteError, EvalError) as failure:
+            error = failure  # of a device: weights and moments are as they were, gradients are not to be used
         bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
         if not bad:
             with self._tracer.span("optimizer"):
-                self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm))
+                self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm) / self._ane.scale)
             state.optimizer_step += 1
             state.bad_steps = 0
+        state.tokens += config.batch_size * self.seq_len * n_micro
         state.step += 1
         seconds = time.perf_counter() - start
         state.seconds += seconds
         self._loss = loss if math.isfinite(loss) else None
+        logged = state.step % config.log_interval == 0 or state.step in (1, self.steps)
         self._emit(
             {
                 "kind": "step",
@@ -287,26 +319,63 @@ class Trainer:
                 "seconds": state.seconds,
                 "tokens_per_s": config.batch_size * self.seq_len * n_micro / max(seconds, 1e-9),
                 "rss_mib": round(rss_mib(), 1),
+                **self._ane.step_values(state.skipped_steps + bad, activations=logged and error is None),
             }
         )
+        if not isinstance(error, EvalError):  # that says nothing about the range of numbers
+            self._ane.update(finite=not bad)
         if bad:
-            self._skip(gradient)
+            self._skip(gradient, error)
 
-    def _skip(self, gradient: GradNorm) -> None:
-        """Count a step whose gradients were not finite, clear them, and stop after too many in a row."""
+    def _gradient(self, n_micro: int) -> tuple[float, GradNorm]:
+        """Return a step's loss and the size of its gradient, without the loss scale that the gradient itself has."""
+        config, model, scale = self.config, self.model, self._ane.scale
+        loss = 0.0
+        for micro in range(n_micro):
+            with self._tracer.span("batch"):
+                tokens, targets = self.train_data.batch(
+                    config.seed, self.state.step, micro, config.batch_size, self.seq_len, n_micro, config.window_order
+                )
+            with self._tracer.span("forward"):
+                loss += model.forward(tokens, targets, training=True) / n_micro
+            with self._tracer.span("backward"):
+                model.backward(scale / n_micro, accumulate=micro > 0)  # the first overwrites
+        with self._tracer.span("grad_norm"):
+            return loss, model.grad_norm() if scale == 1.0 else model.grad_norm(1.0 / scale)
+
+    def _skip(self, gradient: GradNorm, error: AnellmError | None) -> None:
+        """Count a step that could not be taken, clear its gradients, and stop after too many in a row.
+
+        Args:
+            gradient: what was not finite in it.
+            error: what the device said, where it was the device that failed.
+        """
         state = self.state
         for array in self.model.grads.values():
             array[...] = 0
         state.bad_steps += 1
         state.skipped_steps += 1
-        where = gradient.tensor or "the loss"
-        self._emit({"kind": "skip", "step": state.step, "tensor": gradient.tensor, "n_nonfinite": gradient.n_nonfinite})
+        record: dict[str, Any] = {
+            "kind": "skip",
+            "step": state.step,
+            "tensor": gradient.tensor,
+            "n_nonfinite": gradient.n_nonfinite,
+        }
+        if error is not None:
+            reason = "evaluation" if isinstance(error, EvalError) else "non-finite"
+            record |= {"n_nonfinite": None, **place_of(str(error))._asdict(), "reason": reason, "message": str(error)}
+        self._emit(record)
         if state.bad_steps >= self.config.max_bad_steps:
             newest = checkpoint.find_checkpoint(self.run.path) if self.run is not None else None
+            kept = f"; the last good checkpoint is {newest}" if newest else ""
+            stopped = f"stopped at step {state.step}: {state.bad_steps} steps in a row"
+            if isinstance(error, EvalError):
+                raise EvalError(f"{stopped} could not be taken: {error}{kept}") from error
+            if error is not None:
+                raise DivergedError(f"{stopped} were not finite: {error}; try a lower --learning-rate{kept}") from error
             raise DivergedError(
-                f"stopped at step {state.step}: {state.bad_steps} steps in a row had non-finite gradients, first in "
-                f"{where} ({gradient.n_nonfinite} values); try a lower --learning-rate"
-                + (f"; the last good checkpoint is {newest}" if newest else "")
+                f"{stopped} had non-finite gradients, first in {gradient.tensor or 'the loss'} "
+                f"({gradient.n_nonfinite} values); try a lower --learning-rate{kept}"
             )
 
     def _after_step(self) -> None:
@@ -348,8 +417,14 @@ class Trainer:
         if self.val_data is None:
             return
         state, config = self.state, self.config
-        with self._tracer.span("eval"):
-            found = measure(self.model, self.val_data, config.batch_size, self.seq_len, config.eval_windows)
+        try:
+            with self._tracer.span("eval"):
+                found = measure(self.model, self.val_data, config.batch_size, self.seq_len, config.eval_windows)
+        except (NonFiniteError, EvalError) as error:  # of a device; the next steps tell whether it goes on
+            found = Measurement(math.nan, 0, 0, 0.0, None)
+            more = {"message": str(error)}
+        else:
+            more = self._ane.activations()
         loss = found.loss
         state.val_loss = loss if math.isfinite(loss) else None
         if state.step > 0 and math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
@@ -362,6 +437,7 @@ class Trainer:
                 "perplexity": found.perplexity,
                 "bits_per_byte": found.bits_per_byte,
                 "tokens": found.tokens,
+                **more,
             }
         )
 
@@ -400,7 +476,8 @@ class Trainer:
         if self.run is None or self.run.last_saved == state.step:
             return
         with self._tracer.span("save"):
-            path = self.run.save(state.step, self.model, state.to_dict(), self._tokenizer_files())
+            files = {**self._tokenizer_files(), **self._ane.files()}
+            path = self.run.save(state.step, self.model, state.to_dict(), files)
             self.run.retain(self.config, state.best_step, state.best_val_loss)
         self._call_back({"kind": "save", "step": state.step, "path": str(path)})
 
@@ -422,6 +499,7 @@ class Trainer:
             "model": self.model.config.to_dict(),
             "n_params": self.model.config.n_params(),
             "device": getattr(self.model, "device", "cpu"),
+            **self._ane.describe(),
             "dtype": self.config.dtype,
             "cpu_variant": self.state.cpu_variant,
             "data": self.train_data.source,

@@ -66,6 +66,7 @@ EXCLUSIVE = {
     "decay_steps": ["--schedule", "wsd"],
     "val_data": ["--data", "x"],
     "min_learning_rate": ["--learning-rate", "99"],
+    **{name: ["--device", "ane-sim"] for name in ("chip", "numerics", "ane_scaling", "ane_softmax")},
 }
 
 
@@ -175,7 +176,7 @@ def test_environment_variables_are_checked(monkeypatch: pytest.MonkeyPatch, text
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     assert parse().threads == 0  # OpenMP's variable is not ours to refuse
     monkeypatch.setenv("ANELLM_DEVICE", "cpi")
-    with pytest.raises(ConfigError, match="ANELLM_DEVICE: expected one of auto, cpu, ane, found 'cpi'"):
+    with pytest.raises(ConfigError, match="ANELLM_DEVICE: expected one of auto, cpu, ane, ane-sim, found 'cpi'"):
         parse()
 
 

@@ -254,7 +254,7 @@ def test_bad_arguments_name_what_is_wrong() -> None:
         model.backward(float("nan"))
     with pytest.raises(errors.InvalidError, match="max_tokens = 65"):
         model.kvcache(65)
-    with pytest.raises(errors.InvalidError, match="device: expected one of auto, cpu, ane, found 'tpu'"):
+    with pytest.raises(errors.InvalidError, match="device: expected one of auto, cpu, ane, ane-sim, found 'tpu'"):
         Model(GQA, device="tpu")
     with pytest.raises(errors.UnavailableError, match="device ane: "):
         Model(GQA, device="ane")

@@ -43,10 +43,8 @@ static anellm_attention_shape attention_shape(const anellm_config *c, int64_t B,
                                     .scale = 1.0f / sqrtf((float)c->head_dim)};
 }
 
-/* RMSNorm over head_dim of each q and k head, in place, before RoPE (Qwen3). qk (N, ld) starts with q, then k.
- * rstd is (n_heads + n_kv_heads, N) or NULL. */
-static int qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_config *c, int64_t N,
-                           const struct anellm_layer_weights *w) {
+int anellm_cpu_qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_config *c, int64_t N,
+                               const struct anellm_layer_weights *w) {
     for (int64_t head = 0; head < c->n_heads + c->n_kv_heads; ++head) {
         float *x = qk + head * c->head_dim;
         const float *weight = head < c->n_heads ? w->q_norm : w->k_norm;
@@ -56,8 +54,9 @@ static int qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_conf
     return ANELLM_OK;
 }
 
-static int qk_norm_backward(float *dqk, int64_t ld, const struct anellm_layer_weights *dw, const anellm_config *c,
-                            int64_t N, const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
+int anellm_cpu_qk_norm_backward(float *dqk, int64_t ld, const struct anellm_layer_weights *dw, const anellm_config *c,
+                                int64_t N, const struct anellm_layer_weights *w,
+                                const struct anellm_layer_saved *saved) {
     const int64_t ld_raw = anellm_q_dim(c) + anellm_kv_dim(c);
     for (int64_t head = 0; head < c->n_heads + c->n_kv_heads; ++head) {
         const int is_q = head < c->n_heads;
@@ -89,7 +88,7 @@ static int cpu_attention_forward(void *state, const struct anellm_step *step, fl
     ANELLM_TRY(multiply(step, qkv, qkv_dim, h, dim, 0, w->qkv, dim, 1, N, qkv_dim, dim, 0));
     if (c->qk_norm) {
         for (int64_t i = 0; i < N; ++i) copy_rows(saved->qk_raw + i * (q + kv), qkv + i * qkv_dim, q + kv);
-        ANELLM_TRY(qk_norm_forward(qkv, qkv_dim, saved->qk_rstd, c, N, w));
+        ANELLM_TRY(anellm_cpu_qk_norm_forward(qkv, qkv_dim, saved->qk_rstd, c, N, w));
     }
     /* q and k heads lie side by side, so one call rotates both. */
     ANELLM_TRY(anellm_rope_forward(qkv, qkv_dim, step->rope_cos, step->rope_sin, step->B, step->T,
@@ -117,7 +116,7 @@ static int cpu_attention_backward(void *state, const struct anellm_step *step, f
                                          qkv + q + kv, &shape));
     ANELLM_TRY(anellm_rope_backward(dqkv, qkv_dim, step->rope_cos, step->rope_sin, step->B, step->T,
                                     c->n_heads + c->n_kv_heads, c->head_dim));
-    if (c->qk_norm) ANELLM_TRY(qk_norm_backward(dqkv, qkv_dim, dw, c, N, w, saved));
+    if (c->qk_norm) ANELLM_TRY(anellm_cpu_qk_norm_backward(dqkv, qkv_dim, dw, c, N, w, saved));
     /* The normed input is cheaper to compute again than to keep. */
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, saved->x, dim, w->attn_norm, N, dim, c->norm_eps));
     ANELLM_TRY(multiply(step, dw->qkv, dim, dqkv, qkv_dim, 1, h, dim, 0, qkv_dim, dim, N, step->accumulate));
@@ -253,7 +252,7 @@ int anellm_cpu_attention_decode(const anellm_config *c, float *x, float *k_cache
 
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, NULL, x, dim, w->attn_norm, n, dim, c->norm_eps));
     ANELLM_TRY(anellm_matrix_multiply(qkv, qkv_dim, h, dim, w_qkv, n, 0));
-    if (c->qk_norm) ANELLM_TRY(qk_norm_forward(qkv, qkv_dim, NULL, c, n, w));
+    if (c->qk_norm) ANELLM_TRY(anellm_cpu_qk_norm_forward(qkv, qkv_dim, NULL, c, n, w));
     ANELLM_TRY(anellm_rope_forward(qkv, qkv_dim, rope_cos, rope_sin, 1, n, c->n_heads + c->n_kv_heads, c->head_dim));
     for (int64_t i = 0; i < n; ++i) {
         const float *k = qkv + i * qkv_dim + q, *v = k + kv;

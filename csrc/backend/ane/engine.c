@@ -1,0 +1,264 @@
+#include "backend/ane/engine.h"
+
+#include "core/status.h"
+#include "core/trace.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Whether the layers share one input surface: nothing stays in it from one evaluation to the next. */
+static int shares_input(int id) { return id == ANELLM_ANE_SDPA_BWD2 || id == ANELLM_ANE_ATTN_VALUES; }
+
+/* ---- programs and sets ------------------------------------------------------------------------------------------- */
+
+static void close_program(struct anellm_ane_engine *engine, struct anellm_ane_program_state *p) {
+    for (int64_t i = 0; p->inputs != NULL && i < p->n_inputs; ++i) {
+        struct anellm_ane_input *input = &p->inputs[i];
+        anellm_ane_request_free(input->request);
+        engine->stats.surface_bytes -= anellm_ane_surface_bytes(input->surface);
+        anellm_ane_surface_free(input->surface);
+    }
+    free(p->inputs);
+    engine->stats.surface_bytes -= anellm_ane_surface_bytes(p->output);
+    anellm_ane_surface_free(p->output);
+    if (p->handle != NULL) {
+        anellm_ane_program_free(p->handle);
+        engine->stats.programs--;
+    }
+    memset(p, 0, sizeof *p);
+}
+
+static int make_surface(struct anellm_ane_engine *engine, anellm_ane_surface **surface, int64_t bytes) {
+    ANELLM_TRY(anellm_ane_surface_create(engine->device, surface, bytes));
+    engine->stats.surface_bytes += anellm_ane_surface_bytes(*surface);
+    return ANELLM_OK;
+}
+
+static int make_surfaces(struct anellm_ane_engine *engine, struct anellm_ane_program_state *p) {
+    p->inputs = calloc((size_t)p->n_inputs, sizeof *p->inputs);
+    if (p->inputs == NULL)
+        return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for %lld inputs", (long long)p->n_inputs);
+    anellm_ane_port in, out;
+    ANELLM_TRY(anellm_ane_get_port(p->handle, 0, 0, 0, &in));
+    ANELLM_TRY(anellm_ane_get_port(p->handle, 0, 1, 0, &out));
+    ANELLM_TRY(make_surface(engine, &p->output, p->out.bytes));
+    for (int64_t i = 0; i < p->n_inputs; ++i) {
+        struct anellm_ane_input *input = &p->inputs[i];
+        ANELLM_TRY(make_surface(engine, &input->surface, p->in.bytes));
+        ANELLM_TRY(anellm_ane_request_create(p->handle, &input->request, 0, &input->surface, &in.symbol, 1, &p->output,
+                                             &out.symbol, 1));
+    }
+    return ANELLM_OK;
+}
+
+static int compile(struct anellm_ane_engine *engine, struct anellm_ane_program_state *p, int id,
+                   const struct anellm_ane_shape *shape) {
+    struct anellm_ane_text text;
+    ANELLM_TRY(anellm_ane_program_text(&text, id, shape));
+    const int64_t start = anellm_trace_begin();
+    int status = anellm_ane_compile(engine->device, &p->handle, text.mil, text.mil_bytes, text.files, text.n_files);
+    p->flops = text.flops;
+    anellm_ane_text_free(&text);
+    if (status == ANELLM_OK) {
+        engine->stats.programs++;
+        status = anellm_ane_load(p->handle);
+    }
+    anellm_trace_end(start, "compile", ANELLM_TRACE_DEVICE, -1);
+    if (status == ANELLM_OK) return ANELLM_OK;
+    char why[400];
+    snprintf(why, sizeof why, "%s", anellm_last_error());
+    return anellm_fail(status, "program %s for B = %lld, T = %lld: %s", anellm_ane_program_name(id),
+                       (long long)shape->B, (long long)shape->T, why);
+}
+
+static int open_program(struct anellm_ane_engine *engine, struct anellm_ane_set *set, int id) {
+    struct anellm_ane_program_state *p = &set->programs[id];
+    int status = anellm_ane_program_io(&p->in, &p->out, id, &set->shape);
+    if (status == ANELLM_OK) status = compile(engine, p, id, &set->shape);
+    p->n_inputs = shares_input(id) ? 1 : engine->config.n_layers;
+    if (status == ANELLM_OK) status = make_surfaces(engine, p);
+    if (status != ANELLM_OK) close_program(engine, p);
+    return status;
+}
+
+static void drop_set(struct anellm_ane_engine *engine, int index) {
+    struct anellm_ane_set *set = engine->sets[index];
+    for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id) close_program(engine, &set->programs[id]);
+    if (engine->set == set) engine->set = NULL;
+    free(set);
+    engine->sets[index] = engine->sets[--engine->n_sets];
+}
+
+static int is_used(const struct anellm_ane_engine *engine, int id, int training) {
+    return anellm_ane_program_used(id, &engine->config, training, engine->options.softmax_cpu);
+}
+
+/* How many programs the set lacks. */
+static int count_missing(const struct anellm_ane_engine *engine, const struct anellm_ane_set *set, int training) {
+    int n = 0;
+    for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id)
+        n += is_used(engine, id, training) && (set == NULL || set->programs[id].handle == NULL);
+    return n;
+}
+
+/* The smallest compiled set in which B rows of Tp columns fit; with any_length, also a longer one. */
+static struct anellm_ane_set *find_fitting(const struct anellm_ane_engine *engine, int64_t B, int64_t Tp, int training,
+                                           int any_length) {
+    struct anellm_ane_set *best = NULL;
+    for (int i = 0; i < engine->n_sets; ++i) {
+        struct anellm_ane_set *set = engine->sets[i];
+        const int long_enough = any_length ? set->shape.Tp >= Tp : set->shape.Tp == Tp;
+        if (set->shape.B < B || !long_enough || count_missing(engine, set, training) > 0) continue;
+        if (best == NULL || set->shape.S < best->shape.S) best = set;
+    }
+    return best;
+}
+
+static int find_exact(const struct anellm_ane_engine *engine, int64_t B, int64_t Tp) {
+    int i = 0;
+    while (i < engine->n_sets && (engine->sets[i]->shape.B != B || engine->sets[i]->shape.Tp != Tp)) ++i;
+    return i;
+}
+
+/* Which of two sets is the lesser loss: the one of fewer programs, then the one that was not used for longer. */
+static int goes_before(const struct anellm_ane_engine *engine, const struct anellm_ane_set *a,
+                       const struct anellm_ane_set *b) {
+    const int missing_a = count_missing(engine, a, 1), missing_b = count_missing(engine, b, 1);
+    return missing_a != missing_b ? missing_a > missing_b : a->last_use < b->last_use;
+}
+
+/* Give up sets other than `keep` until `n` more programs have room. */
+static void make_room(struct anellm_ane_engine *engine, const struct anellm_ane_set *keep, int n) {
+    while (engine->stats.programs + n > ANELLM_ANE_MAX_PROGRAMS ||
+           (keep == NULL && engine->n_sets == ANELLM_ANE_MAX_SETS)) {
+        int first = -1;
+        for (int i = 0; i < engine->n_sets; ++i) {
+            if (engine->sets[i] == keep) continue;
+            if (first < 0 || goes_before(engine, engine->sets[i], engine->sets[first])) first = i;
+        }
+        if (first < 0) return; /* not reached: what one shape needs fits */
+        drop_set(engine, first);
+    }
+}
+
+static int complete_set(struct anellm_ane_engine *engine, struct anellm_ane_set *set, int training) {
+    for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id)
+        if (is_used(engine, id, training) && set->programs[id].handle == NULL)
+            ANELLM_TRY(open_program(engine, set, id));
+    return ANELLM_OK;
+}
+
+static int find_or_make_set(struct anellm_ane_engine *engine, struct anellm_ane_set **found, int64_t B, int64_t T,
+                            int training) {
+    const struct anellm_ane_shape shape = anellm_ane_shape_of(&engine->config, B, T);
+    int index = find_exact(engine, B, shape.Tp);
+    struct anellm_ane_set *set = index < engine->n_sets ? engine->sets[index] : NULL;
+    if (set == NULL) set = find_fitting(engine, B, shape.Tp, training, 0);
+    const int missing = count_missing(engine, set, training);
+    *found = set;
+    if (set != NULL && missing == 0) return ANELLM_OK;
+    if (engine->stats.programs + missing > ANELLM_ANE_MAX_PROGRAMS) {
+        /* Compiles are few (Q15): rather compute too much than throw out a set. */
+        *found = find_fitting(engine, B, shape.Tp, training, 1);
+        if (*found != NULL) return ANELLM_OK;
+    }
+    make_room(engine, set, missing);
+    const int made = set == NULL;
+    if (made) {
+        set = calloc(1, sizeof *set);
+        if (set == NULL) return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for a set of programs");
+        set->shape = shape;
+        set->shape.config = &engine->config;
+        engine->sets[engine->n_sets++] = set;
+    }
+    const int status = complete_set(engine, set, training);
+    if (status != ANELLM_OK && made) drop_set(engine, engine->n_sets - 1);
+    *found = set;
+    return status;
+}
+
+int anellm_ane_use(struct anellm_ane_engine *engine, int64_t B, int64_t T, int training) {
+    struct anellm_ane_set *set = NULL;
+    engine->set = NULL;
+    ANELLM_TRY(find_or_make_set(engine, &set, B, T, training));
+    set->last_use = ++engine->clock;
+    engine->set = set;
+    engine->rows = (struct anellm_ane_rows){.B = B, .T = T, .Tp = set->shape.Tp};
+    if (!training) return ANELLM_OK;
+    return anellm_block_reserve(&engine->buffers, (size_t)anellm_ane_buffer_bytes(&engine->config, B * T));
+}
+
+struct anellm_ane_scale *anellm_ane_scale_at(struct anellm_ane_engine *engine, int64_t layer, int boundary) {
+    return &engine->scales[layer * ANELLM_ANE_N_SCALES + boundary];
+}
+
+/* ---- life cycle -------------------------------------------------------------------------------------------------- */
+
+int64_t anellm_ane_buffer_bytes(const anellm_config *c, int64_t N) {
+    const int64_t qkv_dim = anellm_q_dim(c) + 2 * anellm_kv_dim(c);
+    return N * (4 * (int64_t)c->dim + c->hidden_dim + qkv_dim) * (int64_t)sizeof(float);
+}
+
+int anellm_ane_memory(int64_t *bytes, const anellm_config *config, int64_t B, int64_t T, int training,
+                      const anellm_ane_options *options) {
+    ANELLM_REQUIRE(bytes != NULL, "bytes is NULL");
+    ANELLM_REQUIRE(B >= 1 && T >= 1, "B = %lld, T = %lld, must be at least 1", (long long)B, (long long)T);
+    ANELLM_TRY(anellm_config_check(config));
+    const struct anellm_ane_shape shape = anellm_ane_shape_of(config, B, T);
+    int64_t sum = training ? anellm_ane_buffer_bytes(config, B * T) : 0;
+    for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id) {
+        if (!anellm_ane_program_used(id, config, training, options != NULL && options->softmax_cpu)) continue;
+        struct anellm_ane_io in, out;
+        ANELLM_TRY(anellm_ane_program_io(&in, &out, id, &shape));
+        sum += in.bytes * (shares_input(id) ? 1 : config->n_layers) + out.bytes;
+    }
+    *bytes = sum;
+    return ANELLM_OK;
+}
+
+static int check_flag(const char *name, int32_t value) {
+    if (value == 0 || value == 1) return ANELLM_OK;
+    return anellm_fail(ANELLM_INVALID, "options: %s = %d, must be 0 or 1", name, value);
+}
+
+int anellm_ane_engine_create(struct anellm_ane_engine **out, const anellm_config *config, anellm_ane *device,
+                             const anellm_ane_options *options) {
+    const anellm_ane_options plain = {.scaling = 1, .softmax_cpu = 0, .async_dw = 1};
+    int64_t bytes = 0;
+    if (options == NULL) options = &plain;
+    ANELLM_TRY(check_flag("scaling", options->scaling));
+    ANELLM_TRY(check_flag("softmax_cpu", options->softmax_cpu));
+    ANELLM_TRY(check_flag("async_dw", options->async_dw));
+    ANELLM_TRY(anellm_ane_memory(&bytes, config, 1, 1, 1, options)); /* UNSUPPORTED when no chip takes it */
+    struct anellm_ane_engine *engine = calloc(1, sizeof *engine);
+    if (engine == NULL) return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for a handle");
+    engine->config = *config;
+    engine->device = device;
+    engine->options = *options;
+    engine->generation = 1;
+    engine->scales = calloc((size_t)config->n_layers * ANELLM_ANE_N_SCALES, sizeof *engine->scales);
+    engine->activations = calloc((size_t)config->n_layers, sizeof *engine->activations);
+    int status = ANELLM_OK;
+    if (engine->scales == NULL || engine->activations == NULL)
+        status = anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for %d layers", config->n_layers);
+    if (status == ANELLM_OK) status = anellm_ane_jobs_open(&engine->jobs);
+    if (status != ANELLM_OK) {
+        free(engine->scales);
+        free(engine->activations);
+        free(engine);
+        return status;
+    }
+    *out = engine;
+    return ANELLM_OK;
+}
+
+void anellm_ane_engine_free(struct anellm_ane_engine *engine) {
+    if (engine == NULL) return;
+    anellm_ane_jobs_close(&engine->jobs);
+    while (engine->n_sets > 0) drop_set(engine, 0);
+    anellm_block_release(&engine->buffers);
+    free(engine->scales);
+    free(engine->activations);
+    free(engine);
+}

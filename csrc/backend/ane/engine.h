@@ -1,0 +1,84 @@
+/* A model's programs on one device: compiled for a batch shape, with surfaces and requests, weights staged in them.
+ *
+ * A set is what one batch shape needs: the forward programs, and those of backward once it is trained with. Every
+ * program that reads weights, or keeps something from forward to backward, has an input surface for each layer, and a
+ * request over it that is made once; output surfaces are shared by the layers, because each is read before the next
+ * evaluation of its program. All of a set is allocated when it is made, so a step in the steady state allocates
+ * nothing. */
+#ifndef ANELLM_ANE_ENGINE_H
+#define ANELLM_ANE_ENGINE_H
+
+#include "backend/ane/jobs.h"
+#include "backend/ane/layout.h"
+#include "backend/ane/program.h"
+#include "backend/ane/scale.h"
+#include "backend/backend.h"
+#include "core/arena.h"
+
+enum {
+    ANELLM_ANE_MAX_PROGRAMS = 16, /* of one model, whatever its depth: a process has 119 compiles (Q15) */
+    ANELLM_ANE_MAX_SETS = ANELLM_ANE_MAX_PROGRAMS / 2
+};
+
+/* The largest fp16 number; what rounds to more becomes inf. */
+#define ANELLM_ANE_HALF_MAX 65504.0f
+
+/* An input surface with its request. */
+struct anellm_ane_input {
+    anellm_ane_surface *surface;
+    anellm_ane_request *request;
+    int64_t staged;           /* generation of the weights in it; 0: none */
+    int64_t columns;          /* columns of rows that may hold other than zeros: anellm_ane_put */
+};
+
+struct anellm_ane_program_state {
+    anellm_ane_program *handle; /* NULL: not compiled */
+    struct anellm_ane_io in, out;
+    double flops;
+    int64_t n_inputs;           /* n_layers, or 1 that all layers share */
+    struct anellm_ane_input *inputs;
+    anellm_ane_surface *output;
+};
+
+struct anellm_ane_set {
+    struct anellm_ane_shape shape;
+    int64_t last_use;
+    struct anellm_ane_program_state programs[ANELLM_ANE_N_PROGRAMS];
+};
+
+struct anellm_ane_engine {
+    anellm_config config;
+    anellm_ane *device;
+    anellm_ane_options options;
+    struct anellm_ane_set *sets[ANELLM_ANE_MAX_SETS];
+    int n_sets;
+    struct anellm_ane_set *set;   /* of the batch in work; NULL before the first */
+    struct anellm_ane_rows rows;  /* its rows in the set's planes */
+    int64_t clock, generation;    /* of sets' last use; of the weights, from 1 */
+    struct anellm_ane_scale *scales; /* (n_layers, ANELLM_ANE_N_SCALES) */
+    float *activations;           /* (n_layers) */
+    anellm_ane_stats stats;
+    float result;                 /* max |value| read from the output of the last evaluation, as it stood there */
+    struct anellm_ane_jobs jobs;
+    struct anellm_block buffers;  /* what jobs read: blocks.c */
+};
+
+/* The model's own entries beside the block table: model/ane.c. */
+int anellm_ane_engine_create(struct anellm_ane_engine **engine, const anellm_config *config, anellm_ane *device,
+                             const anellm_ane_options *options);
+void anellm_ane_engine_free(struct anellm_ane_engine *engine);
+
+/* Make the set of a batch shape the current one: one that is compiled and fits, else a new one. Smaller batches of the
+ * same padded length run in larger sets; their other columns are zero. When there would be more than
+ * ANELLM_ANE_MAX_PROGRAMS, a longer set that fits serves; without one, the set that was not used for longest goes, those
+ * of inference first. */
+int anellm_ane_use(struct anellm_ane_engine *engine, int64_t B, int64_t T, int training);
+
+/* The scale of one layer and enum anellm_ane_boundary. */
+struct anellm_ane_scale *anellm_ane_scale_at(struct anellm_ane_engine *engine, int64_t layer, int boundary);
+
+extern const struct anellm_backend anellm_backend_ane;
+/* Bytes of the buffers that weight gradients read, for N rows. */
+int64_t anellm_ane_buffer_bytes(const anellm_config *config, int64_t N);
+
+#endif

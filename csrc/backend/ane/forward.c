@@ -1,0 +1,211 @@
+/* Forward blocks. Norms and residual additions on the CPU in fp32, the rest on the device. */
+#include "backend/ane/blocks.h"
+#include "backend/ane/softmax.h"
+#include "core/status.h"
+#include "core/trace.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* max |x|; bits of magnitudes compare like the numbers, and NaN above inf above all. */
+static float absmax(const float *x, int64_t n) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float value;
+    memcpy(&value, &most, sizeof value);
+    return value;
+}
+
+/* The normed input h (N, dim) into the program's first field. */
+static int put_input(struct anellm_ane_engine *engine, const struct anellm_ane_place *place, const float *h) {
+    float most = 0.0f;
+    ANELLM_TRY(anellm_ane_put(engine, place, h, engine->config.dim, 0, &most));
+    return most <= ANELLM_ANE_HALF_MAX ? ANELLM_OK : anellm_ane_too_large(place, most);
+}
+
+/* One program that ends in y: out (N, dim) = residual + y. y comes times the power of two that its last matrix was
+ * staged with; when it overflows, the matrix is staged smaller and the evaluation repeated, once. */
+struct tail {
+    int id, boundary;
+    int64_t layer;
+    const struct anellm_layer_weights *w;
+    const float *residual;
+    float *out;
+};
+
+static int evaluate_tail(struct anellm_ane_engine *engine, const struct tail *t, int64_t N) {
+    const int64_t dim = engine->config.dim;
+    const struct anellm_ane_place y = {t->id, ANELLM_ANE_OUT, t->layer, "y"};
+    struct anellm_ane_scale *scale = anellm_ane_scale_at(engine, t->layer, t->boundary);
+    for (int attempt = 0;; ++attempt) {
+        int64_t n_inf = 0;
+        ANELLM_TRY(anellm_ane_stage(engine, t->id, t->layer, t->w));
+        ANELLM_TRY(anellm_ane_run(engine, t->id, t->layer));
+        memcpy(t->out, t->residual, (size_t)(N * dim) * sizeof(float));
+        ANELLM_TRY(anellm_ane_get(engine, t->out, dim, &y, engine->options.scaling ? -scale->exponent : 0, 1, &n_inf));
+        if (n_inf == 0) {
+            engine->generation += anellm_ane_scale_raise(scale, engine->result);
+            return ANELLM_OK;
+        }
+        if (attempt > 0 || !engine->options.scaling || !anellm_ane_scale_lower(scale))
+            return anellm_ane_nonfinite(t->id, t->layer, "output y is infinite");
+        engine->stats.retries++;
+        engine->generation++; /* every program with this matrix stages it again */
+    }
+}
+
+/* ---- attention --------------------------------------------------------------------------------------------------- */
+
+/* What backward needs of the program's outputs: attn in fp32 for dWo; q, k, v in fp16 where sdpa_bwd1 (and, with the
+ * softmax on the CPU, sdpa_bwd2) reads them; the raw q and k, with their norms, for q/k-norm. */
+struct tap {
+    const char *name;
+    int from, to;
+};
+
+static int copy_taps(struct anellm_ane_engine *engine, const struct tap *taps, int n, int64_t layer) {
+    for (int i = 0; i < n; ++i) {
+        const struct anellm_ane_place from = {taps[i].from, ANELLM_ANE_OUT, layer, taps[i].name};
+        const struct anellm_ane_place to = {taps[i].to, ANELLM_ANE_IN, layer, taps[i].name};
+        int64_t n_inf = 0;
+        ANELLM_TRY(anellm_ane_copy(engine, &to, &from, 0, &n_inf));
+        if (n_inf == 0) continue;
+        char what[64];
+        snprintf(what, sizeof what, "output %s is infinite", taps[i].name);
+        return anellm_ane_nonfinite(taps[i].from, layer, what);
+    }
+    return ANELLM_OK;
+}
+
+/* qk_raw (N, q_dim + kv_dim) from the program's outputs; qk_rstd from that, with saved->qkv as scratch for the normed
+ * values, which nothing reads here. */
+static int save_raw(struct anellm_ane_engine *engine, int id, const struct anellm_step *step,
+                    const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
+    const anellm_config *c = step->config;
+    const int64_t q = anellm_q_dim(c), kv = anellm_kv_dim(c), N = step->B * step->T;
+    const struct anellm_ane_place q_raw = {id, ANELLM_ANE_OUT, step->layer, "q_raw"};
+    const struct anellm_ane_place k_raw = {id, ANELLM_ANE_OUT, step->layer, "k_raw"};
+    int64_t n_inf = 0;
+    ANELLM_TRY(anellm_ane_get(engine, saved->qk_raw, q + kv, &q_raw, 0, 0, &n_inf));
+    ANELLM_TRY(anellm_ane_get(engine, saved->qk_raw + q, q + kv, &k_raw, 0, 0, &n_inf));
+    if (n_inf > 0) return anellm_ane_nonfinite(id, step->layer, "output q_raw or k_raw is infinite");
+    memcpy(saved->qkv, saved->qk_raw, (size_t)(N * (q + kv)) * sizeof(float));
+    return anellm_cpu_qk_norm_forward(saved->qkv, q + kv, saved->qk_rstd, c, N, w);
+}
+
+static int save_attn(struct anellm_ane_engine *engine, int id, const struct anellm_step *step,
+                     const struct anellm_layer_saved *saved) {
+    const struct anellm_ane_place attn = {id, ANELLM_ANE_OUT, step->layer, "attn"};
+    int64_t n_inf = 0;
+    ANELLM_TRY(anellm_ane_get(engine, saved->attn, anellm_q_dim(step->config), &attn, 0, 0, &n_inf));
+    return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(id, step->layer, "output attn is infinite");
+}
+
+static int attention_fused(struct anellm_ane_engine *engine, const struct anellm_step *step, float *mid,
+                           const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
+    enum { ID = ANELLM_ANE_ATTN_FWD, TO = ANELLM_ANE_SDPA_BWD1 };
+    static const struct tap taps[] = {{"q", ID, TO}, {"k", ID, TO}, {"v", ID, TO}};
+    const struct anellm_ane_place x = {ID, ANELLM_ANE_IN, step->layer, "x"};
+    const struct tail tail = {ID, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
+    ANELLM_TRY(put_input(engine, &x, step->workspace->h));
+    ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));
+    if (!step->training) return ANELLM_OK;
+    ANELLM_TRY(save_attn(engine, ID, step, saved));
+    ANELLM_TRY(copy_taps(engine, taps, 3, step->layer));
+    return step->config->qk_norm ? save_raw(engine, ID, step, w, saved) : ANELLM_OK;
+}
+
+/* p into the input of attn_values, and for backward into that of sdpa_bwd1_given. */
+static int softmax_on_cpu(struct anellm_ane_engine *engine, const struct anellm_step *step) {
+    const struct anellm_ane_place scores = {ANELLM_ANE_ATTN_SCORES, ANELLM_ANE_OUT, step->layer, "scores"};
+    const struct anellm_ane_place p = {ANELLM_ANE_ATTN_VALUES, ANELLM_ANE_IN, step->layer, "p"};
+    const struct anellm_ane_place kept = {ANELLM_ANE_SDPA_BWD1_GIVEN, ANELLM_ANE_IN, step->layer, "p"};
+    struct anellm_ane_plane in, out;
+    int64_t n_inf = 0;
+    ANELLM_TRY(anellm_ane_plane_begin(&in, engine, &scores));
+    int status = anellm_ane_plane_begin(&out, engine, &p);
+    if (status == ANELLM_OK) {
+        status = anellm_ane_softmax_forward(&out, &in, engine->rows, &n_inf);
+        const int ended = anellm_ane_plane_end(&out);
+        if (status == ANELLM_OK) status = ended;
+    }
+    const int ended = anellm_ane_plane_end(&in);
+    if (status == ANELLM_OK) status = ended;
+    if (status == ANELLM_OK && n_inf > 0)
+        status = anellm_ane_nonfinite(ANELLM_ANE_ATTN_SCORES, step->layer, "output scores is infinite");
+    if (status == ANELLM_OK && step->training) status = anellm_ane_copy(engine, &kept, &p, 0, &n_inf);
+    return status;
+}
+
+static int attention_split(struct anellm_ane_engine *engine, const struct anellm_step *step, float *mid,
+                           const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
+    enum { SCORES = ANELLM_ANE_ATTN_SCORES, VALUES = ANELLM_ANE_ATTN_VALUES };
+    static const struct tap v_tap[] = {{"v", SCORES, VALUES}}, attn_tap[] = {{"attn", VALUES, ANELLM_ANE_WO_FWD}};
+    static const struct tap taps[] = {{"v", SCORES, ANELLM_ANE_SDPA_BWD1_GIVEN},
+                                      {"q", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN},
+                                      {"k", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN}};
+    const struct anellm_ane_place x = {SCORES, ANELLM_ANE_IN, step->layer, "x"};
+    const struct tail tail = {ANELLM_ANE_WO_FWD, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
+    ANELLM_TRY(anellm_ane_stage(engine, SCORES, step->layer, w));
+    ANELLM_TRY(put_input(engine, &x, step->workspace->h));
+    ANELLM_TRY(anellm_ane_run(engine, SCORES, step->layer));
+    ANELLM_TRY(copy_taps(engine, v_tap, 1, step->layer));
+    ANELLM_TRY(softmax_on_cpu(engine, step));
+    if (step->training) ANELLM_TRY(copy_taps(engine, taps, 3, step->layer));
+    if (step->training && step->config->qk_norm) ANELLM_TRY(save_raw(engine, SCORES, step, w, saved));
+    ANELLM_TRY(anellm_ane_run(engine, VALUES, step->layer));
+    ANELLM_TRY(copy_taps(engine, attn_tap, 1, step->layer));
+    ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));
+    return step->training ? save_attn(engine, VALUES, step, saved) : ANELLM_OK;
+}
+
+/* mid (N, dim) = x + attention(norm(x)) */
+int anellm_ane_attention_forward(void *state, const struct anellm_step *step, float *mid,
+                                 const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
+    struct anellm_ane_engine *engine = state;
+    const anellm_config *c = step->config;
+    if (step->layer == 0) {
+        ANELLM_TRY(anellm_ane_use(engine, step->B, step->T, step->training));
+        engine->stats.ane_flops = engine->stats.cpu_flops = 0.0;
+        memset(engine->activations, 0, (size_t)c->n_layers * sizeof(float));
+    }
+    const int64_t start = anellm_trace_begin();
+    ANELLM_TRY(anellm_rmsnorm_forward(step->workspace->h, c->dim, saved->attn_rstd, saved->x, c->dim, w->attn_norm,
+                                      step->B * step->T, c->dim, c->norm_eps));
+    anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
+    return engine->options.softmax_cpu ? attention_split(engine, step, mid, w, saved)
+                                       : attention_fused(engine, step, mid, w, saved);
+}
+
+/* ---- mlp --------------------------------------------------------------------------------------------------------- */
+
+/* out (N, dim) = mid + mlp(norm(mid)) */
+int anellm_ane_mlp_forward(void *state, const struct anellm_step *step, float *out,
+                           const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
+    struct anellm_ane_engine *engine = state;
+    const anellm_config *c = step->config;
+    const int64_t N = step->B * step->T, dim = c->dim, hidden = c->hidden_dim;
+    enum { ID = ANELLM_ANE_FFN_FWD };
+    const struct anellm_ane_place x = {ID, ANELLM_ANE_IN, step->layer, "h"};
+    const struct anellm_ane_place gate = {ID, ANELLM_ANE_OUT, step->layer, "gate"};
+    const struct anellm_ane_place up = {ID, ANELLM_ANE_OUT, step->layer, "up"};
+    const struct tail tail = {ID, ANELLM_ANE_SCALE_W2, step->layer, w, saved->mid, out};
+    float *h = step->workspace->h;
+    const int64_t start = anellm_trace_begin();
+    ANELLM_TRY(anellm_rmsnorm_forward(h, dim, saved->mlp_rstd, saved->mid, dim, w->mlp_norm, N, dim, c->norm_eps));
+    anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
+    ANELLM_TRY(put_input(engine, &x, h));
+    ANELLM_TRY(evaluate_tail(engine, &tail, N));
+    const float mid_most = absmax(saved->mid, N * dim), out_most = absmax(out, N * dim);
+    engine->activations[step->layer] = mid_most > out_most ? mid_most : out_most;
+    if (!step->training) return ANELLM_OK;
+    int64_t n_inf = 0;
+    ANELLM_TRY(anellm_ane_get(engine, saved->gate_up, 2 * hidden, &gate, 0, 0, &n_inf));
+    ANELLM_TRY(anellm_ane_get(engine, saved->gate_up + hidden, 2 * hidden, &up, 0, 0, &n_inf));
+    return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(ID, step->layer, "output gate or up is infinite");
+}

@@ -1,0 +1,31 @@
+/* The MLP without its residual: y = (silu(h W1ᵀ) * (h W3ᵀ)) W2ᵀ, with both products for backward. h is normed. */
+#include "backend/ane/kernels/kernel.h"
+
+static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
+    ane_place_below(in, "h", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_beside(in, "w1", d->dim, d->hidden, ANELLM_ANE_FIELD_WEIGHTS_T);
+    ane_place_beside(in, "w3", d->dim, d->hidden, ANELLM_ANE_FIELD_WEIGHTS_T);
+    ane_place_beside(in, "w2", d->dim, d->hidden, ANELLM_ANE_FIELD_WEIGHTS);
+    ane_place_below(out, "y", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_below(out, "gate", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_below(out, "up", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+}
+
+/* silu as gate * sigmoid(gate): the op of that name is less exact (ANE.md 1.4). */
+static void emit(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                 const struct ane_dims *d) {
+    (void)d;
+    const struct emit_tensor h = ane_rows(e, input, in, "h"), w1 = ane_weight(e, input, in, "w1");
+    const struct emit_tensor w3 = ane_weight(e, input, in, "w3"), w2 = ane_weight(e, input, in, "w2");
+    const struct emit_tensor gate = emit_matmul(e, "gate", &h, &w1, 0), up = emit_matmul(e, "up", &h, &w3, 0);
+    const struct emit_tensor sigmoid = emit_sigmoid(e, "sigmoid", &gate);
+    const struct emit_tensor silu = emit_binary(e, "silu", "mul", &gate, &sigmoid);
+    const struct emit_tensor act = emit_binary(e, "act", "mul", &silu, &up);
+    const struct emit_tensor y = emit_matmul(e, "y", &act, &w2, EMIT_Y_TRANSPOSED); /* w2 (dim, hidden) */
+    const struct emit_tensor planes[3] = {ane_rows_to_plane(e, "y", &y), ane_rows_to_plane(e, "gate", &gate),
+                                          ane_rows_to_plane(e, "up", &up)};
+    emit_output(e);
+    emit_concat(e, "out", planes, 3);
+}
+
+const struct ane_kernel ane_ffn_fwd = {"ffn_fwd", 0, -1, places, emit};

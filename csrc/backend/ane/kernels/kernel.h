@@ -1,0 +1,88 @@
+/* What each file of this folder defines: a program's fields and its text; and the parts that several are made of. */
+#ifndef ANELLM_ANE_KERNELS_KERNEL_H
+#define ANELLM_ANE_KERNELS_KERNEL_H
+
+#include "backend/ane/mil.h"
+#include "backend/ane/program.h"
+
+/* The sizes of a model and a batch, as the shapes below name them. */
+struct ane_dims {
+    int64_t B, Tp, S;            /* S = B*Tp */
+    int64_t dim, hidden;
+    int64_t n_heads, n_kv_heads; /* group = n_heads / n_kv_heads query heads share a key and value head */
+    int64_t group, head_dim;
+    int64_t q, kv;               /* n_heads * head_dim, n_kv_heads * head_dim */
+    int qk_norm;
+    double eps, theta, scale;    /* scale = 1/sqrt(head_dim) */
+};
+
+struct ane_kernel {
+    const char *name;
+    int backward, softmax_cpu; /* as in anellm_ane_program_info */
+    void (*places)(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d);
+    /* From the input to the output; the op that makes the output comes last, behind emit_output(). */
+    void (*emit)(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                 const struct ane_dims *d);
+};
+extern const struct ane_kernel ane_attn_fwd, ane_ffn_fwd, ane_ffn_bwd_w2, ane_ffn_bwd_w13, ane_wo_bwd, ane_sdpa_bwd1,
+    ane_sdpa_bwd2, ane_qkv_bwd, ane_attn_scores, ane_attn_values, ane_wo_fwd, ane_sdpa_bwd1_given, ane_sdpa_bwd2_given;
+
+/* ---- fields (program.c) ----------------------------------------------------------------------------------------- */
+
+/* In the channels below those that are taken, from column 0. */
+void ane_place_below(struct anellm_ane_io *io, const char *name, int64_t channels, int64_t columns, int kind);
+/* In the columns beside those that are taken, from channel 0. */
+void ane_place_beside(struct anellm_ane_io *io, const char *name, int64_t channels, int64_t columns, int kind);
+
+/* ---- parts of programs (parts.c) -------------------------------------------------------------------------------- */
+
+/* Three forms of the same rows (N, C) of the model:
+ *   plane  [1, C, 1, S]              as in a surface
+ *   rows   [1, 1, S, C]              what is multiplied by a weight
+ *   heads  [1, B*n, Tp, head_dim]    with C = n * head_dim
+ * and two of scores: plane [1, n_heads*Tp, 1, S], scores [1, B*n_heads, Tp, Tp]. */
+struct emit_tensor ane_rows(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                            const char *field);
+struct emit_tensor ane_heads(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                             const char *field, const struct ane_dims *d);
+struct emit_tensor ane_scores(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                              const char *field, const struct ane_dims *d);
+/* A weight, [1, 1, channels, columns]. */
+struct emit_tensor ane_weight(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                              const char *field);
+
+struct emit_tensor ane_rows_to_heads(struct emitter *e, const char *name, const struct emit_tensor *rows,
+                                     const struct ane_dims *d);
+struct emit_tensor ane_heads_to_rows(struct emitter *e, const char *name, const struct emit_tensor *heads,
+                                     const struct ane_dims *d);
+struct emit_tensor ane_rows_to_plane(struct emitter *e, const char *name, const struct emit_tensor *rows);
+struct emit_tensor ane_heads_to_plane(struct emitter *e, const char *name, const struct emit_tensor *heads,
+                                      const struct ane_dims *d);
+struct emit_tensor ane_scores_to_plane(struct emitter *e, const char *name, const struct emit_tensor *scores,
+                                       const struct ane_dims *d);
+
+/* The query heads that share a key head are neighbours, so [1, B*n_heads, Tp, C] read as [1, B*n_kv_heads, group*Tp, C]
+ * has them below each other, and one product per key head serves all of them: keys and values are never repeated, and
+ * gradients of keys and values come out summed over the group. ane_ungroup is the way back. */
+struct emit_tensor ane_group(struct emitter *e, const char *name, const struct emit_tensor *x,
+                             const struct ane_dims *d);
+struct emit_tensor ane_ungroup(struct emitter *e, const char *name, const struct emit_tensor *x,
+                               const struct ane_dims *d);
+
+/* q, k, v before attention: q and k normed (with qk_norm) and rotated, and all three as they come from the weights. */
+struct ane_qkv {
+    struct emit_tensor q, k;            /* heads */
+    struct emit_tensor q_raw, k_raw, v; /* rows */
+};
+struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                               const struct ane_dims *d);
+/* Scores q kᵀ / sqrt(head_dim), without mask: [1, B*n_heads, Tp, Tp]. */
+struct emit_tensor ane_qk(struct emitter *e, const struct emit_tensor *q, const struct emit_tensor *k,
+                          const struct ane_dims *d);
+/* Their softmax below the diagonal. */
+struct emit_tensor ane_softmax(struct emitter *e, const struct emit_tensor *scores, const struct ane_dims *d);
+/* p v: heads. */
+struct emit_tensor ane_pv(struct emitter *e, const struct emit_tensor *p, const struct emit_tensor *v,
+                          const struct ane_dims *d);
+
+#endif

@@ -1,0 +1,221 @@
+"""Neural Engines that models compute on: the device ``ane``, and ``ane-sim``, its simulation on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anellm._ffi import Handle, check, ffi, lib, ptr, text
+from anellm.device import AneOptions, device_library, resolve_device, why_no_ane
+from anellm.errors import InvalidError, UnavailableError
+from anellm.sim_chips import Chip, load_chip
+from anellm.sim_device import DeviceFailure, Simulator
+
+
+class AneStats(NamedTuple):
+    """What the engine did for a model.
+
+    Attributes:
+        programs: programs that are compiled now, at most 16.
+        evaluations: evaluations since the model came to the engine.
+        rescales: changes of a gradient's power of two, since then.
+        retries: evaluations repeated with a smaller one after an overflow, since then.
+        surface_bytes: memory of all surfaces.
+        ane_flops: operations of matrix products on the engine in the last forward and backward; a multiply-add is 2.
+        cpu_flops: the same on the CPU.
+        max_activation: largest magnitude in the residual stream in the last forward.
+        max_activation_layer: the layer that has it.
+    """
+
+    programs: int
+    evaluations: int
+    rescales: int
+    retries: int
+    surface_bytes: int
+    ane_flops: float
+    cpu_flops: float
+    max_activation: float
+    max_activation_layer: int
+
+    @property
+    def flops_share(self) -> float | None:
+        """Return the part of the operations that were the engine's, 0 to 1; None before the first pass."""
+        total = self.ane_flops + self.cpu_flops
+        return self.ane_flops / total if total > 0 else None
+
+
+class AneDevice:
+    """An open Neural Engine.
+
+    Attributes:
+        name: "ane" or "ane-sim".
+        options: what it was opened with.
+        chip: the chip that is simulated; None for a real one.
+        simulator: the simulation, for its faults and its clock; None for a real one.
+    """
+
+    def __init__(self, name: str, options: AneOptions) -> None:
+        """Open one.
+
+        Args:
+            name: "ane-sim", or "ane" where ANELLM_ANE_DEVICE names a library that is one.
+            options: the chip and the numerics to simulate.
+
+        Raises:
+            ConfigError: on an unknown chip.
+            DataError: on a damaged chip file.
+            UnavailableError: when there is no such device; says why.
+        """
+        self.name, self.options = name, options
+        self.chip: Chip | None = None
+        self.simulator: Simulator | None = None
+        if name == "ane-sim":
+            self.chip = load_chip(options.chip)
+            self.simulator = Simulator(self.chip, numerics=options.numerics)
+            return
+        library = device_library()
+        if library is None:
+            raise UnavailableError(f"device {name}: {why_no_ane()}")
+        out = ffi.new("anellm_ane **")
+        profile = load_chip(options.chip).c_profile()
+        check(lib.anellm_ane_open(out, library.encode(), profile, ffi.NULL))
+        self._handle = Handle(out[0], lib.anellm_ane_close, "device")
+
+    @property
+    def pointer(self) -> Any:
+        """Return the C pointer."""
+        return self._handle.pointer if self.simulator is None else self.simulator.pointer
+
+    def counters(self) -> dict[str, float]:
+        """Return the counts since it was opened: compiles, loads, evaluations, modelled time in ms."""
+        counters = ffi.new("anellm_ane_counters *")
+        check(lib.anellm_ane_get_counters(self.pointer, counters))
+        return {name: getattr(counters, name) for name, _ in ffi.typeof("anellm_ane_counters").fields}
+
+    def failure(self) -> DeviceFailure:
+        """Return the last failure to compile or evaluate, as the system reports it."""
+        error = ffi.new("anellm_ane_error *")
+        check(lib.anellm_ane_get_error(self.pointer, error))
+        return DeviceFailure(text(error.domain), int(error.code), text(error.text), text(error.detail))
+
+    def describe(self) -> dict[str, Any]:
+        """Return its name and settings, for metrics.jsonl and the manifest."""
+        simulated = self.chip is not None
+        return {
+            "device": self.name,
+            "chip": self.chip.name if self.chip is not None else None,
+            "numerics": self.options.numerics if simulated else None,
+            "ane_scaling": "on" if self.options.scaling else "off",
+            "ane_softmax": self.options.softmax,
+        }
+
+    def __str__(self) -> str:
+        """Return its name with the chip and numerics of a simulation."""
+        return (
+            self.name if self.chip is None else f"{self.name}, chip {self.chip.name}, {self.options.numerics} numerics"
+        )
+
+
+def c_options(options: AneOptions) -> Any:
+    """Return the options as a C struct."""
+    c = ffi.new("anellm_ane_options *")
+    c.scaling = int(options.scaling)
+    c.softmax_cpu = int(options.softmax == "cpu")
+    c.async_dw = 1
+    return c
+
+
+class ModelEngine:
+    """The Neural Engine of a model: Model.ane.
+
+    Attributes:
+        device: the device.
+    """
+
+    def __init__(self, model: Handle, n_layers: int, device: AneDevice) -> None:
+        """Let a model compute on a device from now on.
+
+        Args:
+            model: the C model.
+            n_layers: its number of layers.
+            device: the device.
+
+        Raises:
+            UnsupportedError: when a dimension of the model is beyond what any engine takes.
+            BusyError: when another thread uses the model.
+        """
+        self.device, self._model, self._n_layers = device, model, n_layers
+        check(lib.anellm_model_attach_ane(model.pointer, device.pointer, c_options(device.options)))
+        model.kept = device
+
+    def detach(self) -> None:
+        """Let the model compute on the CPU again."""
+        check(lib.anellm_model_attach_ane(self._model.pointer, ffi.NULL, ffi.NULL))
+        self._model.kept = None
+
+    def stats(self) -> AneStats:
+        """Return what the engine did for the model."""
+        stats = ffi.new("anellm_ane_stats *")
+        check(lib.anellm_model_ane_stats(self._model.pointer, stats))
+        return AneStats(*(getattr(stats, name) for name in AneStats._fields))
+
+    def activations(self) -> list[float]:
+        """Return the largest magnitude in the residual stream behind each layer, in the last forward."""
+        found = np.zeros(self._n_layers, np.float32)
+        pointer = ptr(found, np.float32, write=True)
+        check(lib.anellm_model_ane_activations(self._model.pointer, pointer, self._n_layers))
+        return [float(value) for value in found]
+
+    def exponents(self) -> list[int]:
+        """Return the state of the gradients' powers of two: with it a run goes on exactly where it stopped."""
+        found = np.zeros(self._n_exponents(), np.int32)
+        pointer = ptr(found, np.int32, write=True)
+        check(lib.anellm_model_ane_exponents(self._model.pointer, pointer, found.size, 0))
+        return [int(value) for value in found]
+
+    def set_exponents(self, values: Sequence[int]) -> None:
+        """Take the state that exponents() gave.
+
+        Raises:
+            InvalidError: when it is none of this model's.
+        """
+        n = self._n_exponents()
+        if len(values) != n:
+            raise InvalidError(f"exponents: expected {n} numbers, found {len(values)}")
+        array = np.array(values, np.int32)
+        check(lib.anellm_model_ane_exponents(self._model.pointer, ptr(array, np.int32), n, 1))
+
+    def _n_exponents(self) -> int:
+        n = ffi.new("int64_t *")
+        check(lib.anellm_model_ane_n_exponents(self._model.pointer, n))
+        return int(n[0])
+
+
+def check_usable(device: str, options: AneOptions | None) -> None:
+    """Refuse a device that cannot be used here, or a chip that there is not, before anything is made for it.
+
+    Raises:
+        ConfigError, DataError, UnavailableError: see AneDevice.
+    """
+    if resolve_device(device) == "ane-sim":
+        load_chip((options or AneOptions()).chip)
+
+
+def memory_bytes(c_config: Any, batch_size: int, seq_len: int, *, training: bool, options: AneOptions) -> int:
+    """Return the memory of surfaces and buffers that a model takes on an ANE device besides its own.
+
+    Args:
+        c_config: the model's dimensions as a C struct.
+        batch_size: sequences (B) in a forward pass.
+        seq_len: tokens (T) in each.
+        training: count what backward needs.
+        options: how it computes.
+
+    Raises:
+        UnsupportedError: when a dimension of the model is beyond what any engine takes.
+    """
+    found = ffi.new("int64_t *")
+    check(lib.anellm_ane_memory(found, c_config, batch_size, seq_len, int(training), c_options(options)))
+    return int(found[0])

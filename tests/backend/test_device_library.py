@@ -1,0 +1,97 @@
+"""Devices by name: libraries that export anellm_ane_device_open."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from anellm._ffi import check, ffi, lib, text
+from anellm.errors import InvalidError, UnavailableError, UnsupportedError
+from anellm.sim import load_chip
+
+CSRC = Path(__file__).parents[2] / "csrc"
+LIBRARY = """
+#include "backend/ane/device.h"
+static int counters(anellm_ane *device, anellm_ane_counters *out) {
+    (void)device;
+    *out = (anellm_ane_counters){.compiles = 42};
+    return ANELLM_OK;
+}
+static void close_it(anellm_ane *device) { (void)device; }
+static const struct anellm_ane_table table = {.name = "test", .close = close_it, .counters = counters};
+static struct anellm_ane device = {&table};
+int anellm_ane_device_open(anellm_ane **out, const anellm_ane_profile *profile) {
+    if (profile->max_rank != 5) return ANELLM_UNAVAILABLE;
+    *out = &device;
+    return ANELLM_OK;
+}
+"""
+
+
+def opened(name: str) -> object:
+    out = ffi.new("anellm_ane **")
+    check(lib.anellm_ane_open(out, name.encode(), load_chip("m4").c_profile(), ffi.NULL))
+    return out[0]
+
+
+def test_a_device_in_a_library(tmp_path: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, library = tmp_path / "device.c", tmp_path / "device.so"
+    source.write_text(LIBRARY)
+    subprocess.run([compiler, "-shared", "-fPIC", f"-I{CSRC}", str(source), "-o", str(library)], check=True)
+    device = opened(str(library))
+    counters = ffi.new("anellm_ane_counters *")
+    check(lib.anellm_ane_get_counters(device, counters))
+    assert counters.compiles == 42
+    with pytest.raises(UnsupportedError, match='"test" is no simulator'):
+        check(lib.anellm_sim_idle(device, 1.0))
+    lib.anellm_ane_close(device)
+    source.write_text("int nothing;")
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "other.so")], check=True)
+    with pytest.raises(UnavailableError, match="exports no anellm_ane_device_open"):
+        opened(str(tmp_path / "other.so"))
+
+
+def test_unknown_devices() -> None:
+    with pytest.raises(UnavailableError, match='no Neural Engine device "gpu"'):
+        opened("gpu")
+    with pytest.raises(UnavailableError, match="nowhere"):
+        opened("/nowhere/device.so")
+
+
+def test_null_and_ranges() -> None:
+    """Every entry names the argument that is wrong, and touches nothing."""
+    device = opened("sim")
+    null = ffi.NULL
+    out, surface, n = ffi.new("anellm_ane_program **"), ffi.new("anellm_ane_surface **"), ffi.new("int64_t *")
+    calls = [
+        lambda: lib.anellm_ane_open(null, b"sim", load_chip("m4").c_profile(), null),
+        lambda: lib.anellm_ane_open(ffi.new("anellm_ane **"), null, load_chip("m4").c_profile(), null),
+        lambda: lib.anellm_ane_open(ffi.new("anellm_ane **"), b"sim", null, null),
+        lambda: lib.anellm_ane_get_counters(device, null),
+        lambda: lib.anellm_ane_get_error(null, null),
+        lambda: lib.anellm_ane_compile(device, out, null, 5, null, 0),
+        lambda: lib.anellm_ane_compile(device, out, b"x", -1, null, 0),
+        lambda: lib.anellm_ane_compile(device, out, b"x", 1, null, 2),
+        lambda: lib.anellm_ane_load(null),
+        lambda: lib.anellm_ane_surface_create(device, surface, 0),
+        lambda: lib.anellm_ane_count_ports(null, 0, 0, n),
+        lambda: lib.anellm_sim_count_findings(null, n),
+        lambda: lib.anellm_sim_get_op(0, null),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidError):
+            check(call())
+        assert text(lib.anellm_last_error()).startswith("anellm_")
+    check(lib.anellm_ane_surface_create(device, surface, 64))
+    assert lib.anellm_ane_surface_base(surface[0]) == null  # not locked
+    assert lib.anellm_ane_surface_unlock(surface[0]) == lib.ANELLM_INVALID
+    lib.anellm_ane_surface_free(surface[0])
+    lib.anellm_ane_surface_free(null)
+    lib.anellm_ane_close(device)
+    lib.anellm_ane_close(null)
