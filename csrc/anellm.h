@@ -227,8 +227,8 @@ typedef struct {
     double sigmoid_low, sigmoid_high, gelu_zero, silu_zero, log_zero;
     /* times of the model */
     double dispatch_us, idle_after_s, idle_us, compile_ms, cached_compile_ms, failed_compile_ms, load_ms, unload_ms,
-        weight_gb_s, activation_gb_s, io_gb_s, conv_tflops, matmul_tflops, elementwise_gb_s, slow_after_evaluations,
-        slow_factor;
+        weight_gb_s, activation_gb_s, io_gb_s, conv_tflops, matmul_tflops, elementwise_gb_s, operand_bytes,
+        large_operand_factor, int8_weight_factor, int8_factor, slow_after_evaluations, slow_factor;
 } anellm_ane_profile;
 
 enum anellm_sim_numerics { ANELLM_SIM_EXACT = 0, ANELLM_SIM_FAST = 1 };

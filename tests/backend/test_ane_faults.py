@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from anemodels import BACKWARD, FORWARD, MHA, batch, cosine, cpu_model, gradients, sim_model, simulator
+from anemodels import BACKWARD, FORWARD, MHA, QK_NORM, batch, cosine, cpu_model, gradients, sim_model, simulator
 
 from anellm import errors
 from anellm.model import Model
@@ -179,6 +179,27 @@ def test_activations_beyond_fp16() -> None:
     poison(model, "model.layers.1.post_attention_layernorm.weight", 1e6)
     with pytest.raises(errors.NonFiniteError, match=r"program ffn_fwd, layer 1: max \|h\| is .*beyond fp16"):
         model.forward(*batch(MHA, 1, 8))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("softmax", "program"), [("ane", "attn_fwd"), ("cpu", "attn_scores")])
+def test_heads_too_large_for_their_norm(softmax: str, program: str, training: bool) -> None:
+    """The engine would give zeros for them, without an error."""
+    tokens, targets = batch(QK_NORM, 1, 8)
+    cpu, sim = cpu_model(QK_NORM), sim_model(QK_NORM, softmax=softmax)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    size = np.abs(sim.params[name]).max()
+    for largest, fits in ((20.0, True), (1000.0, False)):
+        for model in (cpu, sim):
+            model.params[name][...] *= largest / size
+            model.weights_changed()
+        size = largest
+        if fits:
+            expected = cpu.forward(tokens, targets, training=training)
+            assert sim.forward(tokens, targets, training=training) == pytest.approx(expected, abs=5e-3)
+            continue
+        with pytest.raises(errors.NonFiniteError, match=rf"program {program}, layer 1: the squares of a head"):
+            sim.forward(tokens, targets, training=training)
 
 
 def test_gradients_beyond_fp16() -> None:

@@ -168,6 +168,68 @@ def test_sums_are_those_of_the_rules(ranges: tuple[int, int, int, int], variant:
     np.testing.assert_array_equal(y[0, :, 0].astype(np.float64), want)
 
 
+def product_model(a: np.ndarray, b: np.ndarray, bias: np.ndarray | float = 0.0) -> np.ndarray:
+    """Return a (M, K) times b (K, N), bit patterns, by the rules in 64-bit integers."""
+    split = [(np.where(x & 0x8000, -1, 1), x >> 10 & 31, x & 1023) for x in (a.astype(np.int64), b.astype(np.int64))]
+    exponent = [np.where(field == 0, -14, field - 15) for _, field, _ in split]
+    mantissa = [sign * np.where(field == 0, low, low + 1024) for sign, field, low in split]
+    e = exponent[0][:, :, None] + exponent[1][None]
+    m = mantissa[0][:, :, None] * mantissa[1][None]
+    shift = np.maximum(4 - e, 0)  # units of 2^-16
+    magnitude = (np.abs(m) << np.maximum(e - 4, 0)) + np.where(shift > 0, 1 << np.maximum(shift - 1, 0), 0) >> shift
+    units = np.where(e <= -17, 0, np.sign(m) * magnitude)
+    start = np.floor(np.abs(bias) * 65536 + 0.5).astype(np.int64) * np.sign(bias).astype(np.int64)
+    start = np.broadcast_to(start, (a.shape[0], b.shape[1]))[:, None]
+    prefixes = np.cumsum(np.concatenate([start, units], 1), 1)
+    over = np.abs(prefixes) >= 1 << 31
+    hit = over.any(1)
+    sign = np.sign(np.take_along_axis(prefixes, over.argmax(1)[:, None], 1)[:, 0])
+    total = np.abs(prefixes[:, -1]).astype(np.float64) / 65536
+    unit = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(total, 2.0**-20))), -14) - 10)
+    value = np.sign(prefixes[:, -1]) * np.floor(total / unit + 0.5) * unit
+    return np.where(hit, np.where(sign > 0, INF, -INF), value)
+
+
+LONG = [(9, 17, 4, 14), (14, 17, 9, 11), (15, 18, 12, 16), (18, 24, 12, 20), (20, 26, 14, 22), (0, 32, 0, 32)]
+
+
+@pytest.mark.parametrize("ranges", LONG)
+@pytest.mark.parametrize("variant", ["portable", "avx2", "best"])
+@pytest.mark.parametrize("flags", [(False, False), (True, True)])
+def test_long_sums_in_batches(ranges: tuple[int, int, int, int], variant: str, flags: tuple[bool, bool]) -> None:
+    """Over several blocks of k, with edges on all sides: sums that fit fp32, that need fp64, and that overflow."""
+    rng = np.random.default_rng(sum(ranges))
+    K, M, N = 333, 13, 39
+    a = random_bits(rng, 2 * M * K, *ranges[:2]).reshape(2, M, K)
+    b = random_bits(rng, 2 * K * N, *ranges[2:]).reshape(2, K, N)
+    b[1, :, 5] = 0
+    a[0, :, 40:90] = 0
+    before = lib.anellm_cpu_variant()
+    if lib.anellm_cpu_set_variant({"best": b"auto"}.get(variant, variant.encode())) != lib.ANELLM_OK:
+        pytest.skip(f"this machine has no {variant}")
+    x, y = (v.swapaxes(1, 2) if f else v for v, f in zip((a, b), flags, strict=True))
+    constants = "".join(scalar(n, "bool", str(f).lower()) for n, f in zip(("tx", "ty"), flags, strict=True))
+    text = program(f"{tensor(x.shape)} x, {tensor(y.shape)} y",
+                   f"{constants}{tensor((2, M, N))} z = matmul(x = x, y = y, transpose_x = tx, transpose_y = ty);", "z")  # fmt: skip
+    try:
+        inputs = {"x": np.ascontiguousarray(x).view(HALF), "y": np.ascontiguousarray(y).view(HALF)}
+        got = Simulator("m4", rows="any").compile(text).run(inputs)["z"]
+    finally:
+        assert lib.anellm_cpu_set_variant(before) == lib.ANELLM_OK
+    np.testing.assert_array_equal(got.astype(np.float64), [product_model(a[i], b[i]) for i in range(2)])
+
+
+def test_bias_of_whole_tiles() -> None:
+    rng = np.random.default_rng(8)
+    w, x = random_bits(rng, 9 * 64, 12, 16).reshape(9, 64), random_bits(rng, 64 * 32, 10, 16).reshape(64, 32)
+    bias = np.array([0.3, -7, 2**-17, 1000, 32760, -32767, 40000, -65504, 0], HALF)
+    text = conv1x1(64, 9, extra=", bias = B", constants=weight("B", (9,), offset=128 + 9 * 128))
+    data = blob(w.view(HALF).reshape(9, 64, 1, 1), bias)
+    y = Simulator("m4").compile(text, files(data)).run({"x": x.view(HALF).reshape(1, 64, 1, 32)})["y"]
+    want = product_model(w, x, bias.astype(np.float64)[:, None])
+    np.testing.assert_array_equal(y[0, :, 0].astype(np.float64), want)
+
+
 def test_ties_are_rounded_away_wherever_they_stand() -> None:
     """Products exactly half way between two units, of both signs, by every kernel that this machine has."""
     rng = np.random.default_rng(5)
@@ -218,22 +280,70 @@ def test_fast_is_never_kinder_than_exact(std: float, absmax: float) -> None:
         assert abs(cosine(exact, true) - want) < max(0.2 * (1 - want), 2e-4)
 
 
-@pytest.mark.parametrize(("scale", "K"), [(8.0, 64), (4.0, 128), (1.0, 512), (0.25, 64)])
-def test_fast_stays_within_its_bound(scale: float, K: int) -> None:
-    rng = np.random.default_rng(4)
-    M, N = 64, 64
-    w, x = rng.uniform(-1, 1, (M, K)).astype(HALF), (scale * rng.uniform(-1, 1, (K, N))).astype(HALF)
+def both(w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Return w x (M, N) under exact and fast, and how many tiles took the short way, and did not."""
+    (M, K), N = w.shape, x.shape[1]
     results = {}
     for numerics in ("exact", "fast"):
         simulator = Simulator("m4", numerics=numerics)
         compiled = simulator.compile(conv1x1(K, M, N), files(blob(w.reshape(M, K, 1, 1))))
-        results[numerics] = compiled.run({"x": x.reshape(1, K, 1, N)})["y"].astype(np.float64)
-        if numerics == "fast" and scale == 8.0:
-            assert simulator.counters()["mac_fast"] > 0
-    largest = np.abs(results["exact"]).max()
-    # the bound, and one rounding to fp16 that may fall on the other side
-    allowed = largest * 2.0**-11 + np.abs(results["exact"]) * 2.0**-10
-    assert (np.abs(results["fast"] - results["exact"]) <= allowed).all()
+        results[numerics] = compiled.run({"x": x.reshape(1, K, 1, N)})["y"][0, :, 0].astype(np.float64)
+    counters = simulator.counters()
+    return results["exact"], results["fast"], counters["mac_fast"], counters["mac_exact"]
+
+
+def assert_within_bound(exact: np.ndarray, fast: np.ndarray) -> None:
+    """2^-11 of the largest, and one rounding to fp16 that may fall on the other side."""
+    allowed = np.abs(exact).max() * 2.0**-11 + np.abs(exact) * 2.0**-10
+    assert (np.abs(fast - exact) <= allowed).all()
+
+
+@pytest.mark.parametrize(
+    ("K", "std", "absmax", "short"),
+    [(64, 0.5, 8.0, True), (128, 0.6, 4.0, True), (768, 0.036, 8.0, True), (768, 0.05, 4.0, True),
+     (2048, 0.05, 8.0, True), (768, 0.02, 0.1, False), (768, 0.02, 1e-2, False), (2048, 0.02, 1e-3, False)],
+)  # fmt: skip
+def test_fast_stays_within_its_bound(K: int, std: float, absmax: float, short: bool) -> None:
+    """And takes the short way for normed activations and scaled gradients, but not for unscaled ones."""
+    rng = np.random.default_rng(4)
+    w = (rng.standard_normal((256, K)) * std).astype(HALF)
+    x = rng.standard_normal((K, 256))
+    exact, fast, n_short, _ = both(w, (x / np.abs(x).max() * absmax).astype(HALF))
+    assert (n_short > 0) == short
+    assert_within_bound(exact, fast)
+    if not short:
+        np.testing.assert_array_equal(exact, fast)
+
+
+def test_fast_lets_small_rows_vanish() -> None:
+    """Rows of 1e-4 among rows of 8, as tokens without a gradient have them: they are 0 in both."""
+    rng = np.random.default_rng(6)
+    w, x = (rng.standard_normal((64, 768)) * 0.05).astype(HALF), rng.standard_normal((768, 512))
+    x = (x * np.where(np.arange(512) % 32 == 7, 3e-5, 20.0)).astype(HALF)
+    exact, fast, n_short, n_exact = both(w, x)
+    assert n_short == 0  # each tile has such a column
+    assert n_exact > 0
+    np.testing.assert_array_equal(exact, fast)
+    assert (exact[:, 7] == 0).mean() > 0.9
+    x[:, : 32 * 13] = (rng.standard_normal((768, 32 * 13)) * 20).astype(HALF)
+    exact, fast, n_short, n_exact = both(w, x)
+    assert n_short > 0
+    assert n_exact > 0
+    np.testing.assert_array_equal(exact[:, 32 * 13 :], fast[:, 32 * 13 :])
+    assert_within_bound(exact, fast)
+
+
+@given(st.integers(0, 2**32), st.floats(-14, 4), st.floats(-12, 0), st.sampled_from([0.5, 1.0, 3.0]))
+@settings(max_examples=25)
+def test_fast_keeps_nothing_that_exact_loses(seed: int, size: float, std: float, tail: float) -> None:
+    """Random magnitudes and tails, rows and columns of very different sizes."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((24, 200)) * 2.0**std * np.exp2(rng.uniform(-tail, tail, (24, 1)))
+    x = rng.standard_normal((200, 64)) * 2.0**size * np.exp2(2 * tail * rng.standard_normal((200, 64)))
+    exact, fast, _, _ = both(w.astype(HALF), np.clip(x, -6e4, 6e4).astype(HALF))
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(finite, np.isfinite(fast))
+    assert_within_bound(np.where(finite, exact, 0), np.where(finite, fast, 0))
 
 
 def test_fast_does_not_overlook_the_ceiling() -> None:

@@ -216,12 +216,11 @@ static int read_dv_dp(struct work *k, int exponent, int64_t *n_inf) {
 }
 
 static int write_dp(struct work *k, struct anellm_ane_scale *scale) {
-    static const char *const names[] = {"q", "k"};
-    for (int i = 0; i < 2; ++i) {
-        const struct anellm_ane_place from = place_in(k, k->sdpa1, names[i]), to = place_in(k, k->sdpa2, names[i]);
-        int64_t n_inf = 0; /* they were finite in forward */
-        ANELLM_TRY(anellm_ane_copy(k->engine, &to, &from, 0, &n_inf));
-    }
+    const struct anellm_ane_place q_from = place_in(k, k->sdpa1, "q"), q_to = place_in(k, k->sdpa2, "q");
+    const struct anellm_ane_place k_from = place_in(k, k->sdpa1, "k"), k_to = place_in(k, k->sdpa2, "k");
+    int64_t n_inf = 0; /* they were finite in forward */
+    ANELLM_TRY(anellm_ane_copy(k->engine, &q_to, &q_from, 0, &n_inf));
+    ANELLM_TRY(anellm_ane_copy_centred(k->engine, &k_to, &k_from, &n_inf)); /* forward.c */
     const struct anellm_ane_place to = place_in(k, k->sdpa2, "dp"), from = place_out(k, k->sdpa1, "dp");
     return copy_scaled(k, scale, ANELLM_ANE_SCALE_DP, &to, &from, k->dp_most, k->dp_exponent);
 }

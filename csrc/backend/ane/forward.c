@@ -4,6 +4,7 @@
 #include "core/status.h"
 #include "core/trace.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -62,10 +63,15 @@ static int evaluate_tail(struct anellm_ane_engine *engine, const struct tail *t,
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
 /* What backward needs of the program's outputs: attn in fp32 for dWo; q, k, v in fp16 where sdpa_bwd1 (and, with the
- * softmax on the CPU, sdpa_bwd2) reads them; the raw q and k, with their norms, for q/k-norm. */
+ * softmax on the CPU, sdpa_bwd2) reads them; the raw q and k, with their norms, for q/k-norm.
+ *
+ * v goes to backward centred: less its mean over the sequence. There it makes dp = dattn vᵀ, and what all v have in
+ * common adds a constant to each row of dp that leaves ds = p (dp - sum p dp) as it is, but not once dp is rounded to
+ * fp16 and p does not quite sum to 1: before attention has learnt to choose, that constant is most of dp. The same goes
+ * for k in dq = ds k, since each row of ds sums to 0. */
 struct tap {
     const char *name;
-    int from, to;
+    int from, to, centred;
 };
 
 static int copy_taps(struct anellm_ane_engine *engine, const struct tap *taps, int n, int64_t layer) {
@@ -73,12 +79,25 @@ static int copy_taps(struct anellm_ane_engine *engine, const struct tap *taps, i
         const struct anellm_ane_place from = {taps[i].from, ANELLM_ANE_OUT, layer, taps[i].name};
         const struct anellm_ane_place to = {taps[i].to, ANELLM_ANE_IN, layer, taps[i].name};
         int64_t n_inf = 0;
-        ANELLM_TRY(anellm_ane_copy(engine, &to, &from, 0, &n_inf));
+        ANELLM_TRY(taps[i].centred ? anellm_ane_copy_centred(engine, &to, &from, &n_inf)
+                                   : anellm_ane_copy(engine, &to, &from, 0, &n_inf));
         if (n_inf == 0) continue;
         char what[64];
         snprintf(what, sizeof what, "output %s is infinite", taps[i].name);
         return anellm_ane_nonfinite(taps[i].from, layer, what);
     }
+    return ANELLM_OK;
+}
+
+/* Where the sum of squares of a head, a sixteenth of it in the program, reaches the ceiling of sums (Q42, Q64), the
+ * engine gives zeros for the head and says nothing: refuse that. */
+static int check_heads(int id, const struct anellm_step *step, const float *rstd) {
+    const anellm_config *c = step->config;
+    const float least = sqrtf((float)c->head_dim / (16.0f * 32768.0f));
+    for (int64_t i = 0; i < (c->n_heads + c->n_kv_heads) * step->B * step->T; ++i)
+        if (rstd[i] <= 1.001f * least)
+            return anellm_ane_nonfinite(id, step->layer,
+                                        "the squares of a head of q or k sum to more than q/k-norm holds");
     return ANELLM_OK;
 }
 
@@ -95,7 +114,8 @@ static int save_raw(struct anellm_ane_engine *engine, int id, const struct anell
     ANELLM_TRY(anellm_ane_get(engine, saved->qk_raw + q, q + kv, &k_raw, 0, 0, &n_inf));
     if (n_inf > 0) return anellm_ane_nonfinite(id, step->layer, "output q_raw or k_raw is infinite");
     memcpy(saved->qkv, saved->qk_raw, (size_t)(N * (q + kv)) * sizeof(float));
-    return anellm_cpu_qk_norm_forward(saved->qkv, q + kv, saved->qk_rstd, c, N, w);
+    ANELLM_TRY(anellm_cpu_qk_norm_forward(saved->qkv, q + kv, saved->qk_rstd, c, N, w));
+    return check_heads(id, step, saved->qk_rstd);
 }
 
 static int save_attn(struct anellm_ane_engine *engine, int id, const struct anellm_step *step,
@@ -109,15 +129,15 @@ static int save_attn(struct anellm_ane_engine *engine, int id, const struct anel
 static int attention_fused(struct anellm_ane_engine *engine, const struct anellm_step *step, float *mid,
                            const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     enum { ID = ANELLM_ANE_ATTN_FWD, TO = ANELLM_ANE_SDPA_BWD1 };
-    static const struct tap taps[] = {{"q", ID, TO}, {"k", ID, TO}, {"v", ID, TO}};
+    static const struct tap taps[] = {{"q", ID, TO, 0}, {"k", ID, TO, 0}, {"v", ID, TO, 1}};
     const struct anellm_ane_place x = {ID, ANELLM_ANE_IN, step->layer, "x"};
     const struct tail tail = {ID, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
     ANELLM_TRY(put_input(engine, &x, step->workspace->h));
     ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));
+    if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, ID, step, w, saved));
     if (!step->training) return ANELLM_OK;
     ANELLM_TRY(save_attn(engine, ID, step, saved));
-    ANELLM_TRY(copy_taps(engine, taps, 3, step->layer));
-    return step->config->qk_norm ? save_raw(engine, ID, step, w, saved) : ANELLM_OK;
+    return copy_taps(engine, taps, 3, step->layer);
 }
 
 /* p into the input of attn_values, and for backward into that of sdpa_bwd1_given. */
@@ -145,10 +165,11 @@ static int softmax_on_cpu(struct anellm_ane_engine *engine, const struct anellm_
 static int attention_split(struct anellm_ane_engine *engine, const struct anellm_step *step, float *mid,
                            const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     enum { SCORES = ANELLM_ANE_ATTN_SCORES, VALUES = ANELLM_ANE_ATTN_VALUES };
-    static const struct tap v_tap[] = {{"v", SCORES, VALUES}}, attn_tap[] = {{"attn", VALUES, ANELLM_ANE_WO_FWD}};
-    static const struct tap taps[] = {{"v", SCORES, ANELLM_ANE_SDPA_BWD1_GIVEN},
-                                      {"q", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN},
-                                      {"k", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN}};
+    static const struct tap v_tap[] = {{"v", SCORES, VALUES, 0}};
+    static const struct tap attn_tap[] = {{"attn", VALUES, ANELLM_ANE_WO_FWD, 0}};
+    static const struct tap taps[] = {{"v", SCORES, ANELLM_ANE_SDPA_BWD1_GIVEN, 1},
+                                      {"q", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN, 0},
+                                      {"k", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN, 1}};
     const struct anellm_ane_place x = {SCORES, ANELLM_ANE_IN, step->layer, "x"};
     const struct tail tail = {ANELLM_ANE_WO_FWD, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
     ANELLM_TRY(anellm_ane_stage(engine, SCORES, step->layer, w));
@@ -157,7 +178,7 @@ static int attention_split(struct anellm_ane_engine *engine, const struct anellm
     ANELLM_TRY(copy_taps(engine, v_tap, 1, step->layer));
     ANELLM_TRY(softmax_on_cpu(engine, step));
     if (step->training) ANELLM_TRY(copy_taps(engine, taps, 3, step->layer));
-    if (step->training && step->config->qk_norm) ANELLM_TRY(save_raw(engine, SCORES, step, w, saved));
+    if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, SCORES, step, w, saved));
     ANELLM_TRY(anellm_ane_run(engine, VALUES, step->layer));
     ANELLM_TRY(copy_taps(engine, attn_tap, 1, step->layer));
     ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));

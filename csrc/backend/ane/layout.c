@@ -247,6 +247,48 @@ float anellm_ane_copy_plane(uint16_t *out, int64_t ld_out, const uint16_t *in, i
     return absmax_f16(atomic_load(&j.most));
 }
 
+/* One sequence of one channel, n values. */
+static void centre_line(uint16_t *out, const uint16_t *in, int64_t n) {
+    const struct anellm_kernels *k = anellm_kernels();
+    float buffer[BUFFER];
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i += BUFFER) {
+        const int64_t now = n - i < BUFFER ? n - i : BUFFER;
+        k->convert_f16_to_f32(buffer, in + i, now);
+        for (int64_t c = 0; c < now; c++) sum += (double)buffer[c];
+    }
+    const float mean = (float)(sum / (double)n);
+    for (int64_t i = 0; i < n; i += BUFFER) {
+        const int64_t now = n - i < BUFFER ? n - i : BUFFER;
+        k->convert_f16_to_f32(buffer, in + i, now);
+        for (int64_t c = 0; c < now; c++) buffer[c] -= mean;
+        k->convert_f32_to_f16(out + i, buffer, now);
+    }
+}
+
+static void centre_lines(void *context, int64_t begin, int64_t end) {
+    struct job *j = context;
+    const struct anellm_ane_rows rows = j->rows;
+    for (int64_t r = begin; r < end; r++) {
+        uint16_t *out = j->plane + r * j->width;
+        const uint16_t *in = j->from + r * j->ld;
+        for (int64_t b = 0; b < rows.B; b++) centre_line(out + b * rows.Tp, in + b * rows.Tp, rows.T);
+        for (int64_t b = 0; b < rows.B; b++) {
+            memset(out + b * rows.Tp + rows.T, 0, (size_t)(rows.Tp - rows.T) * sizeof *out);
+        }
+        memset(out + rows.B * rows.Tp, 0, (size_t)(j->columns - rows.B * rows.Tp) * sizeof *out);
+        const int64_t infs = count_inf(out, j->columns);
+        if (infs > 0) atomic_fetch_add(&j->n_inf, infs);
+    }
+}
+
+void anellm_ane_centre_plane(uint16_t *out, int64_t ld_out, const uint16_t *in, int64_t ld_in, int64_t channels,
+                             int64_t columns, struct anellm_ane_rows rows, int64_t *n_inf) {
+    struct job j = {.plane = out, .from = in, .width = ld_out, .ld = ld_in, .columns = columns, .rows = rows};
+    anellm_parallel_for(channels, lines_per_piece(columns), centre_lines, &j);
+    *n_inf += atomic_load(&j.n_inf);
+}
+
 /* ---- the public functions, with checks -------------------------------------------------------------------------- */
 
 /* 2^126 and 2^-126 are normal fp32 numbers. */

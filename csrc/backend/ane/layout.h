@@ -43,4 +43,9 @@ float anellm_ane_write_weights(uint16_t *plane, int64_t width, const float *w, i
 float anellm_ane_copy_plane(uint16_t *out, int64_t ld_out, const uint16_t *in, int64_t ld_in, int64_t channels,
                             int64_t columns, int exponent, int64_t *n_inf);
 
+/* out = in less the mean of each channel over its sequence, from plane to plane (fp16); all other columns become zero.
+ * n_inf as above. */
+void anellm_ane_centre_plane(uint16_t *out, int64_t ld_out, const uint16_t *in, int64_t ld_in, int64_t channels,
+                             int64_t columns, struct anellm_ane_rows rows, int64_t *n_inf);
+
 #endif

@@ -268,19 +268,11 @@ struct emit_tensor emit_scalar(struct emitter *e, const char *name, const char *
     return out;
 }
 
-struct emit_tensor emit_sigmoid(struct emitter *e, const char *name, const struct emit_tensor *x) {
-    const struct emit_tensor out = new_value(e, name, x->dims);
-    open_op(e, &out, "sigmoid");
-    put(e, "x = %s", x->name);
-    close_op(e, &out);
-    return out;
-}
-
-struct emit_tensor emit_softmax(struct emitter *e, const char *name, const struct emit_tensor *x) {
-    const struct constant_name axis = put_scalar(e, "int32", "-1");
+struct emit_tensor emit_softmax(struct emitter *e, const char *name, const struct emit_tensor *x, int axis) {
+    const struct constant_name along = put_scalar(e, "int32", axis == 1 ? "1" : "-1");
     const struct emit_tensor out = new_value(e, name, x->dims);
     open_op(e, &out, "softmax");
-    put(e, "axis = %s, x = %s", axis.text, x->name);
+    put(e, "axis = %s, x = %s", along.text, x->name);
     close_op(e, &out);
     return out;
 }

@@ -49,8 +49,8 @@ struct emit_tensor emit_binary(struct emitter *e, const char *name, const char *
 /* op: "add", "mul" or "pow" with a number, which must be exact or harmless when rounded to fp16. */
 struct emit_tensor emit_scalar(struct emitter *e, const char *name, const char *op, const struct emit_tensor *x,
                              double number);
-struct emit_tensor emit_sigmoid(struct emitter *e, const char *name, const struct emit_tensor *x);
-struct emit_tensor emit_softmax(struct emitter *e, const char *name, const struct emit_tensor *x); /* along the width */
+/* axis: 1 (channels) or -1 (the width). */
+struct emit_tensor emit_softmax(struct emitter *e, const char *name, const struct emit_tensor *x, int axis);
 struct emit_tensor emit_concat(struct emitter *e, const char *name, const struct emit_tensor *values, int n);
 
 /* A constant (1, 1, height, width) in a weight file of its own, "@model_path/weights/<file>.bin". fill writes

@@ -74,19 +74,33 @@ int anellm_ane_get(struct anellm_ane_engine *engine, float *x, int64_t ld_x, con
     return ANELLM_OK;
 }
 
-int anellm_ane_copy(struct anellm_ane_engine *engine, const struct anellm_ane_place *to,
-                    const struct anellm_ane_place *from, int exponent, int64_t *n_inf) {
+static int copy(struct anellm_ane_engine *engine, const struct anellm_ane_place *to,
+                const struct anellm_ane_place *from, int exponent, int centred, int64_t *n_inf) {
     const int64_t start = anellm_trace_begin();
     struct anellm_ane_plane a, b;
     ANELLM_TRY(anellm_ane_plane_begin(&a, engine, to));
     int status = anellm_ane_plane_begin(&b, engine, from);
     if (status == ANELLM_OK) {
-        anellm_ane_copy_plane(a.at, a.width, b.at, b.width, a.channels, a.columns, exponent, n_inf);
+        if (centred) {
+            anellm_ane_centre_plane(a.at, a.width, b.at, b.width, a.channels, a.columns, engine->rows, n_inf);
+        } else {
+            anellm_ane_copy_plane(a.at, a.width, b.at, b.width, a.channels, a.columns, exponent, n_inf);
+        }
         status = anellm_ane_plane_end(&b);
     }
     const int ended = anellm_ane_plane_end(&a);
     anellm_trace_end(start, "copy", ANELLM_TRACE_CALLER, to->layer);
     return status != ANELLM_OK ? status : ended;
+}
+
+int anellm_ane_copy(struct anellm_ane_engine *engine, const struct anellm_ane_place *to,
+                    const struct anellm_ane_place *from, int exponent, int64_t *n_inf) {
+    return copy(engine, to, from, exponent, 0, n_inf);
+}
+
+int anellm_ane_copy_centred(struct anellm_ane_engine *engine, const struct anellm_ane_place *to,
+                            const struct anellm_ane_place *from, int64_t *n_inf) {
+    return copy(engine, to, from, 0, 1, n_inf);
 }
 
 struct scan {

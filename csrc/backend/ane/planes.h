@@ -34,6 +34,9 @@ int anellm_ane_get(struct anellm_ane_engine *engine, float *x, int64_t ld_x, con
 /* to = from * 2^exponent, all columns, padding too. */
 int anellm_ane_copy(struct anellm_ane_engine *engine, const struct anellm_ane_place *to,
                     const struct anellm_ane_place *from, int exponent, int64_t *n_inf);
+/* to = from less each channel's mean over its sequence; padding becomes 0. */
+int anellm_ane_copy_centred(struct anellm_ane_engine *engine, const struct anellm_ane_place *to,
+                            const struct anellm_ane_place *from, int64_t *n_inf);
 /* max |field|, padding too; inf with any. */
 int anellm_ane_absmax(struct anellm_ane_engine *engine, const struct anellm_ane_place *place, float *absmax);
 

@@ -33,13 +33,14 @@ int sim_const_ints(struct sim_compiler *c, struct sim_node *node, int parameter,
     ANELLM_TRY(is_known(c, node, parameter, &value));
     *n = 0;
     if (value == NULL) return ANELLM_OK;
-    if (value->is_string || mil_is_float(value->type.dtype) || value->n > max) {
+    const int dtype = value->type.dtype;
+    if (value->is_string || mil_is_float(dtype) || dtype == MIL_FP64 || dtype == MIL_BF16 || value->n > max) {
         return sim_invalid(c, node->place, NULL, "%s: expected up to %d whole numbers, found %lld of %s", node->op->name, max,
-                           (long long)value->n, value->is_string ? "string" : mil_dtype_name(value->type.dtype));
+                           (long long)value->n, value->is_string ? "string" : mil_dtype_name(dtype));
     }
     for (int64_t i = 0; i < value->n; i++) {
         double number = 0;
-        if (!one_number(value, i, &number) || number < -0x1p31 || number > 0x1p31) {
+        if (!one_number(value, i, &number) || !(number >= -0x1p31 && number <= 0x1p31)) {
             return sim_invalid(c, node->place, NULL, "%s: a whole number that is out of range", node->op->name);
         }
         out[(*n)++] = (int64_t)number;
@@ -167,7 +168,7 @@ int sim_const_half(struct sim_compiler *c, struct sim_value *value) {
         double number = 0;
         if (!one_number(value, i, &number)) return sim_invalid(c, value->place, NULL, "a constant without a value");
         if (value->half != NULL) value->half[i] = sim_narrow((float)number, 1);
-        else value->whole[i] = number > 0x1p31 - 1 ? INT32_MAX : number < -0x1p31 ? INT32_MIN : (int32_t)number;
+        else value->whole[i] = number >= 0x1p31 - 1 ? INT32_MAX : number > -0x1p31 ? (int32_t)number : INT32_MIN; /* NaN too */
     }
     return ANELLM_OK;
 }

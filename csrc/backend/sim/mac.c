@@ -11,7 +11,7 @@
 enum { SUB = 32, CHUNK = 256, PIECE = 128 };          /* of k: one norm, one pass over a block's tiles, one gathering */
 /* Of a block, which is what a thread takes: tiles of columns (at most, and of so many packed bytes) and of rows. */
 enum { BLOCK_COLUMNS = 4, BLOCK_BYTES = 4 << 20, BLOCK_ROWS = 128, LEAST_ROWS = 8, BLOCKS_PER_THREAD = 4 };
-enum { SAMPLES = 8, SCRATCH_SLOT = 3 };
+enum { SAMPLES = 8, DROPPED_PART = 16, SCRATCH_SLOT = 3 };
 enum { PACK_A, BOUNDS_A, FLOAT_A, FLOAT_B };          /* the device's scratch blocks; FLOAT_B also holds the fp32 result */
 enum { MASKED, KEPT, SERIAL };                        /* how a tile is summed */
 
@@ -99,10 +99,12 @@ static void find_bounds(const struct mac_job *j, struct bounds *bounds, const fl
     }
 }
 
-/* Products dropped, at most, and the largest output, at least. */
-static int matters_not(int32_t dropped, float largest) { return (double)dropped * 0x1p-15 < (double)largest * 0x1p-11; }
+/* Of K products at most `dropped`, and the largest output is at least `largest`. */
+static int matters_not(int32_t dropped, float largest, int64_t K) {
+    return (double)dropped * 0x1p-15 < (double)largest * 0x1p-11 && DROPPED_PART * (int64_t)dropped <= K;
+}
 
-static int is_useful(const struct guess *guess) { return matters_not(guess->dropped, guess->largest); }
+static int is_useful(const struct guess *guess, int64_t K) { return matters_not(guess->dropped, guess->largest, K); }
 
 /* The largest number, over the rows of a tile of A, of exponents that are `split` or less; or, over the columns of a tile
  * of B, of exponents that are -18 - split or less: there the thresholds are counted that are 2^(2 + split) or more. */
@@ -134,7 +136,7 @@ static void count_rows(void *context, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
         const struct guess *guess = &j->guesses[t / j->row_tiles];
         const float *values = j->pack_a + t * 2 * MAC_ROWS * j->K;
-        if (is_useful(guess)) {
+        if (is_useful(guess, j->K)) {
             j->bounds_a[t].small = count_small(j, values, values + MAC_ROWS * j->K, MAC_ROWS, guess->split);
         }
     }
@@ -161,7 +163,7 @@ static int choose_way(const struct mac_job *j, const struct sim_product *p, cons
     const double most = sqrt((double)a->norm2 * (double)b->norm2) * 1.001 + (double)j->K * 0x1p-17 + bias;
     if (most >= 32767.0) return SERIAL;
     if (a->least >= b->most) return KEPT;
-    return guess != NULL && matters_not(a->small + b->small, guess->largest) ? KEPT : MASKED;
+    return guess != NULL && matters_not(a->small + b->small, guess->largest, j->K) ? KEPT : MASKED;
 }
 
 /* k from `begin` on, `n` values: groups whose sums of magnitudes stay below 63.9, by the products of their norms. */
@@ -329,7 +331,7 @@ static void multiply_block(struct mac_job *j, int64_t product, int64_t row_block
     const int64_t stride_a = 2 * MAC_ROWS * j->K, stride_b = 2 * MAC_COLUMNS * j->K;
     const struct bounds *bounds_a = j->bounds_a + product * j->row_tiles + first_row;
     const float *a = j->pack_a + (product * j->row_tiles + first_row) * stride_a;
-    const struct guess *guess = j->fast && is_useful(&j->guesses[product]) ? &j->guesses[product] : NULL;
+    const struct guess *guess = j->fast && is_useful(&j->guesses[product], j->K) ? &j->guesses[product] : NULL;
     for (int64_t c = 0; c < columns; c++) {
         bounds[c] = (struct bounds){.sub = room.subs + c * j->n_subs};
         pack_columns(j, p, &bounds[c], room.pack + c * stride_b, first_column + c, guess);

@@ -23,7 +23,8 @@
  * or less only where that of a is t or less, or that of w -18 - t or less, for any t: so at most
  * D = min over t of (#{k: e(a) <= t} + #{k: e(w) <= -18 - t}) products are dropped, zeros left out. The tile takes the
  * short way if D 2^-15 < 2^-11 of the largest output found in tiles that were computed exactly, which is a lower bound of
- * the largest. Everything else (rounding of products and sums, the ceiling) stays exact. */
+ * the largest; and if D is at most K / 16, so that rows far smaller than others vanish as they should. Everything else
+ * (rounding of products and sums, the ceiling) stays exact. */
 #ifndef ANELLM_SIM_MAC_H
 #define ANELLM_SIM_MAC_H
 

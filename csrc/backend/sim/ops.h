@@ -31,9 +31,11 @@ sim_evaluate_fn sim_eval_matmul, sim_eval_linear, sim_eval_conv, sim_eval_attent
 /* ops_constexpr.c */
 sim_infer_fn sim_infer_affine, sim_infer_lut, sim_infer_sparse, sim_infer_blockwise;
 
+/* node->table: the results of sim_unary() for every fp16. */
+int sim_make_table(struct sim_compiler *c, struct sim_node *node, int kind, double p, double q);
+
 /* softmax over `n` values `stride` apart: max subtracted, exponentials from the table, sum in fp32. */
 struct sim_kernels;
-int sim_make_exp_table(struct sim_compiler *c, struct sim_node *node); /* node->table: exp of every fp16 */
 void sim_softmax_row(const struct sim_kernels *kernels, const uint16_t *table, int half_even, uint16_t *out,
                      const uint16_t *in, int64_t n, int64_t stride);
 

@@ -113,7 +113,7 @@ static void binary_row(int kind, float *restrict a, const float *restrict b, int
     case SIM_ADD: for (int64_t i = 0; i < n; i++) a[i] += b[i]; break;
     case SIM_SUB: for (int64_t i = 0; i < n; i++) a[i] -= b[i]; break;
     case SIM_MUL: for (int64_t i = 0; i < n; i++) a[i] *= b[i]; break;
-    case SIM_DIV: for (int64_t i = 0; i < n; i++) a[i] /= b[i]; break;
+    case SIM_DIV: for (int64_t i = 0; i < n; i++) a[i] /= b[i] == 0.0f ? 0.0f : b[i]; break; /* 1 / -0 is +inf (GD ch3) */
     case SIM_MAX: for (int64_t i = 0; i < n; i++) a[i] = a[i] > b[i] ? a[i] : b[i]; break;
     case SIM_MIN: for (int64_t i = 0; i < n; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; break;
     case SIM_FLOOR_DIV: for (int64_t i = 0; i < n; i++) a[i] = floorf(a[i] / b[i]); break;
@@ -177,18 +177,33 @@ int sim_eval_binary(struct sim_run *run, struct sim_node *node) {
 
 /* ---- unary ------------------------------------------------------------------------------------------------------ */
 
+/* A program keeps one table for each function and its numbers. */
+int sim_make_table(struct sim_compiler *c, struct sim_node *node, int kind, double p, double q) {
+    struct sim_table *table = c->program->tables;
+    while (table != NULL && (table->kind != kind || table->p != p || table->q != q)) table = table->next;
+    if (table == NULL) {
+        table = sim_new(c, sizeof *table);
+        if (table == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for this program");
+        for (int i = 0; i < 65536; i++) {
+            const float y = sim_unary(c->device, kind, sim_widen((uint16_t)i), p, q);
+            table->results[i] = sim_narrow(y, (int)c->device->profile.round_half_even);
+        }
+        table->kind = kind;
+        table->p = p;
+        table->q = q;
+        table->next = c->program->tables;
+        c->program->tables = table;
+    }
+    node->table = table->results;
+    return ANELLM_OK;
+}
+
 static int infer_same(struct sim_compiler *c, struct sim_node *node) {
     const struct mil_type *type = &node->in[0]->type;
     ANELLM_TRY(sim_float_input(c, node, 0));
     ANELLM_TRY(sim_output_is(c, node, 0, type->dtype, type->rank, type->dims));
     if (node->out[0]->n < TABLE_FROM) return ANELLM_OK;
-    node->table = sim_new(c, 65536 * sizeof *node->table);
-    if (node->table == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for this program");
-    for (int i = 0; i < 65536; i++) {
-        const float y = sim_unary(c->device, node->op->kind, sim_widen((uint16_t)i), node->number, node->second);
-        node->table[i] = sim_narrow(y, (int)c->device->profile.round_half_even);
-    }
-    return ANELLM_OK;
+    return sim_make_table(c, node, node->op->kind, node->number, node->second);
 }
 
 static int after_reduction(struct sim_compiler *c, struct sim_node *node) {

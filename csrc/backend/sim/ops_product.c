@@ -285,7 +285,7 @@ int sim_infer_attention(struct sim_compiler *c, struct sim_node *node) {
     int64_t dims[4];
     memcpy(dims, q->dims, sizeof dims);
     dims[r - 1] = v->dims[r - 1];
-    ANELLM_TRY(sim_make_exp_table(c, node));
+    ANELLM_TRY(sim_make_table(c, node, SIM_EXP, 0.0, 0.0));
     c->function->n_layers++;
     return sim_output_is(c, node, 0, q->dtype, r, dims);
 }

@@ -149,16 +149,6 @@ int sim_eval_reduce(struct sim_run *run, struct sim_node *node) {
 
 /* ---- softmax ---------------------------------------------------------------------------------------------------- */
 
-int sim_make_exp_table(struct sim_compiler *c, struct sim_node *node) {
-    node->table = sim_new(c, 65536 * sizeof *node->table);
-    if (node->table == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for this program");
-    for (int i = 0; i < 65536; i++) {
-        const float y = sim_unary(c->device, SIM_EXP, sim_widen((uint16_t)i), 0, 0);
-        node->table[i] = sim_narrow(y, (int)c->device->profile.round_half_even);
-    }
-    return ANELLM_OK;
-}
-
 int sim_infer_softmax(struct sim_compiler *c, struct sim_node *node) {
     const struct mil_type *type = &node->in[0]->type;
     int64_t axis;
@@ -168,7 +158,7 @@ int sim_infer_softmax(struct sim_compiler *c, struct sim_node *node) {
     node->sizes[0] = 1; /* stride, length */
     for (int i = (int)axis + 1; i < type->rank; i++) node->sizes[0] *= type->dims[i];
     node->sizes[1] = type->dims[axis];
-    ANELLM_TRY(sim_make_exp_table(c, node));
+    ANELLM_TRY(sim_make_table(c, node, SIM_EXP, 0.0, 0.0));
     return sim_output_is(c, node, 0, type->dtype, type->rank, type->dims);
 }
 

@@ -307,6 +307,7 @@ int sim_infer_slice_by_index(struct sim_compiler *c, struct sim_node *node) {
         if (masked(lists[BEGIN_MASK], n[BEGIN_MASK], i)) begin = step > 0 ? 0 : dim - 1;
         if (masked(lists[END_MASK], n[END_MASK], i)) end = step > 0 ? dim : -1;
         if (step > 0 && end > dim) end = dim;
+        if (step < 0 && end < -1) end = -1;
         const int squeezed = masked(lists[SQUEEZE_MASK], n[SQUEEZE_MASK], i);
         const int64_t count = squeezed ? 1 : step > 0 ? (end - begin + step - 1) / step : (begin - end - step - 1) / -step;
         if (begin < 0 || begin >= dim || count <= 0) {

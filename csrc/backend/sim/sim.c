@@ -34,6 +34,7 @@ static void free_functions(struct sim_program *program) {
     }
     mil_program_release(&program->tree);
     program->functions = NULL;
+    program->tables = NULL;
     program->findings = NULL;
     program->owned = NULL;
 }
@@ -355,6 +356,7 @@ static int rebuild(struct sim_program *program, const anellm_ane_file *files, in
     program->tree = fresh.tree;
     program->functions = fresh.functions;
     program->owned = fresh.owned;
+    program->tables = fresh.tables;
     program->findings = fresh.findings;
     program->last_finding = fresh.findings == NULL ? &program->findings : fresh.last_finding;
     program->n_findings = fresh.n_findings;

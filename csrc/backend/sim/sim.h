@@ -53,7 +53,7 @@ struct sim_node {
     struct sim_value **out;
     int64_t sizes[24];                        /* what infer() leaves for evaluate(); each op says what */
     double number, second;
-    uint16_t *table;                          /* of a unary op: all 65,536 results */
+    const uint16_t *table;                    /* of a unary op: all 65,536 results */
     struct sim_node *next;
 };
 
@@ -103,6 +103,13 @@ struct sim_device {
     struct anellm_block scratch[4];           /* of products; one evaluation at a time uses them */
 };
 
+struct sim_table {                            /* sim_unary() of every fp16, in the program's pool */
+    int kind;
+    double p, q;
+    struct sim_table *next;
+    uint16_t results[65536];
+};
+
 enum { SIM_MAX_FINDINGS = 256 };
 struct sim_program {
     struct anellm_ane_program ane;
@@ -115,6 +122,7 @@ struct sim_program {
     struct sim_function *functions;
     int32_t n_functions;
     struct sim_value *owned;
+    struct sim_table *tables;
     struct sim_finding *findings, **last_finding;
     int64_t n_findings, memory_bytes, evaluations;
     int has_tile;

@@ -225,7 +225,7 @@ static void fill_mask(float *out, int64_t height, int64_t width, const void *con
 struct emit_tensor ane_softmax(struct emitter *e, const struct emit_tensor *scores, const struct ane_dims *d) {
     const struct emit_tensor mask = emit_constant(e, "mask", d->Tp, d->Tp, fill_mask, NULL);
     const struct emit_tensor masked = emit_binary(e, "masked", "add", scores, &mask);
-    return emit_softmax(e, "p", &masked);
+    return emit_softmax(e, "p", &masked, -1);
 }
 
 /* Probabilities are small, and products lose what is below 2^-16 (Q44): v goes in 16 times as large. */
