@@ -157,6 +157,19 @@ def test_reduce(op: str, axes: tuple[int, ...], keep: bool) -> None:
     np.testing.assert_allclose(got, want, atol=0 if exact else 0.08, rtol=0 if exact else 8e-3)
 
 
+@pytest.mark.parametrize("width", [1, 127, 128, 256, 300])
+@pytest.mark.parametrize("n", [2, 3, 40])
+def test_softmax_of_columns_is_that_of_rows(n: int, width: int) -> None:
+    """Many short rows side by side are computed together; their values are those of one row at a time."""
+    x = draw((2, n, 1, width), 3.0)
+    x[0, :, 0, 0] = -np.inf  # equal shares
+    columns = evaluate("softmax", "x = x, axis = ax", {"x": x}, x.shape, scalar("ax", "int32", "1"))
+    moved = np.ascontiguousarray(x.transpose(0, 3, 2, 1))
+    rows = evaluate("softmax", "x = x, axis = ax", {"x": moved}, moved.shape, scalar("ax", "int32", "-1"))
+    ulp = n > 2  # sums of more than two are added in another order
+    np.testing.assert_allclose(columns, rows.transpose(0, 3, 2, 1), rtol=ulp * 2.0**-10, atol=ulp * 2.0**-24)
+
+
 def test_softmax_and_layer_norm() -> None:
     x = draw((2, 12, 3, 32))
     for axis in (1, 3, -2):

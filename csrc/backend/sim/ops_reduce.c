@@ -217,9 +217,52 @@ static void softmax_rows(void *context, int64_t begin, int64_t end) {
     }
 }
 
+/* The same for `width` neighbours at once, of n values `stride` apart each: many short rows, such as pairs. */
+static void softmax_columns(const struct reduce_job *j, uint16_t *out, const uint16_t *in, int64_t width) {
+    const int64_t stride = j->node->sizes[0], n = j->node->sizes[1];
+    const int half_even = (int)j->device->profile.round_half_even;
+    uint16_t halves[BLOCK];
+    float x[BLOCK], most[BLOCK], sums[BLOCK] = {0};
+    j->kernels->widen(most, in, width);
+    for (int64_t i = 1; i < n; i++) {
+        j->kernels->widen(x, in + i * stride, width);
+        for (int64_t c = 0; c < width; c++) most[c] = x[c] > most[c] ? x[c] : most[c];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        j->kernels->widen(x, in + i * stride, width);
+        for (int64_t c = 0; c < width; c++) x[c] -= most[c];
+        j->kernels->narrow(halves, x, width, half_even);
+        for (int64_t c = 0; c < width; c++) halves[c] = j->node->table[halves[c]];
+        j->kernels->widen(x, halves, width);
+        for (int64_t c = 0; c < width; c++) sums[c] += x[c];
+        memcpy(out + i * stride, halves, (size_t)width * sizeof *halves);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        j->kernels->widen(x, out + i * stride, width);
+        for (int64_t c = 0; c < width; c++) x[c] /= sums[c];
+        j->kernels->narrow(out + i * stride, x, width, half_even);
+    }
+}
+
+/* Pieces of BLOCK neighbours, or what is left of a stride. */
+static void softmax_blocks(void *context, int64_t begin, int64_t end) {
+    const struct reduce_job *j = context;
+    const int64_t stride = j->node->sizes[0], n = j->node->sizes[1], blocks = (stride + BLOCK - 1) / BLOCK;
+    for (int64_t piece = begin; piece < end; piece++) {
+        const int64_t column = piece % blocks * BLOCK, first = piece / blocks * stride * n + column;
+        softmax_columns(j, j->node->out[0]->half + first, j->node->in[0]->half + first,
+                        stride - column < BLOCK ? stride - column : BLOCK);
+    }
+}
+
 int sim_eval_softmax(struct sim_run *run, struct sim_node *node) {
     struct reduce_job j = {.node = node, .device = run->device, .kernels = sim_find_kernels()};
-    anellm_parallel_for(node->out[0]->n / node->sizes[1], 1 + (1 << 12) / node->sizes[1], softmax_rows, &j);
+    const int64_t stride = node->sizes[0], n = node->sizes[1], rows = node->out[0]->n / n;
+    if (stride >= BLOCK / 2) {
+        anellm_parallel_for(rows / stride * ((stride + BLOCK - 1) / BLOCK), 1 + 64 / n, softmax_blocks, &j);
+    } else {
+        anellm_parallel_for(rows, 1 + (1 << 12) / n, softmax_rows, &j);
+    }
     return ANELLM_OK;
 }
 
