@@ -53,7 +53,7 @@ def from_hf(values: Mapping[str, Any], source: str) -> ModelConfig:
     if not isinstance(values, Mapping):
         raise DataError(f"{source}: expected a JSON object, found {type(values).__name__}")
     kind = values.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise DataError(f"{source}: model_type: expected one of {', '.join(_DEFAULTS)}, found {kind!r}")
     _refuse_unsupported(values, source)
     defaults = _DEFAULTS[kind]

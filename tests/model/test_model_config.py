@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anellm.config import ModelConfig, preset_names
@@ -176,6 +176,7 @@ anything = st.recursive(
 )
 
 
+@example("model_type", [])
 @given(st.sampled_from([*ModelConfig(**TINY).to_hf(), "rope_scaling", "rope_parameters", "layer_types"]), anything)
 def test_a_hostile_config_gives_a_shape_or_a_data_error(key: str, value: Any) -> None:
     try:
