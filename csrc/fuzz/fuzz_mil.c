@@ -1,5 +1,5 @@
 /* libFuzzer entry of the MIL parser, the weight file reader and the interpreter: any bytes are a program, and its weight
- * file as well. What compiles is evaluated once, on the same bytes; the last one chooses the arithmetic and the rules.
+ * file as well. What compiles is evaluated once, on the same bytes; a hash of them chooses the arithmetic and the rules.
  *
  *   clang -g -O1 -std=gnu11 -D_GNU_SOURCE -Icsrc -pthread -fsanitize=fuzzer,address,undefined \
  *       $(find csrc -name '*.c') -lm -o fuzz_mil
@@ -69,12 +69,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     anellm_ane_program *program;
     const anellm_ane_file file = {"@model_path/weights/w.bin", data, (int64_t)size};
     anellm_ane_profile profile = usual;
-    const int choice = size > 0 ? data[size - 1] : 0;
-    options.numerics = choice & 1;
-    options.mac = choice >> 1 & 1;
+    uint32_t choice = 2166136261u; /* FNV-1a */
+    for (size_t i = 0; i < size; i++) choice = (choice ^ data[i]) * 16777619u;
+    choice >>= 16;
+    options.numerics = (int)(choice & 1);
+    options.mac = (int)(choice >> 1 & 1);
     options.strict = (choice >> 2 & 3) == 3;
     if ((choice >> 4 & 1) != 0) profile.mac_tile = 4, profile.round_half_even = 1;
-    if ((choice >> 5 & 1) != 0) options.rows = ANELLM_SIM_ROWS_TRUNCATE, profile.row_multiple = 16;
+    if ((choice >> 6 & 3) == 0) options.rows = ANELLM_SIM_ROWS_TRUNCATE, profile.row_multiple = 16;
     if (anellm_ane_open(&device, "sim", &profile, &options) != ANELLM_OK) return 0;
     if (anellm_ane_compile(device, &program, (const char *)data, (int64_t)size, &file, 1) == ANELLM_OK) {
         anellm_ane_load(program);

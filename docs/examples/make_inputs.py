@@ -27,6 +27,7 @@ def main(folder: Path) -> None:
     weights.mkdir(parents=True, exist_ok=True)
     x = wave((1, 64, 1, 32), 0.7)
     np.save(folder / "x.npy", x)
+    np.save(folder / "narrow.npy", wave((1, 1024, 1, 16), 0.7))
     np.save(folder / "packed.npy", np.concatenate([x, wave((1, 64, 1, 48), 1.3, 0.1)], axis=-1))
     for name, step in (("q", 0.31), ("k", 0.47), ("v", 0.59)):
         np.save(folder / f"{name}.npy", wave((1, 64, 1, 32), step))

@@ -3,6 +3,7 @@
 anellm sim run MODEL.mil --weights DIR --input x=x.npy --output OUT
 anellm sim lint MODEL.mil --weights DIR --chip m3
 anellm sim cost MODEL.mil --chip m5
+anellm sim cost --preset stories110m --chip m4
 anellm sim ops
 """
 
@@ -18,11 +19,13 @@ import numpy as np
 
 from anellm._ffi import ffi, lib, text
 from anellm.cli import Result, Verb
+from anellm.config import preset_names
 from anellm.device import set_threads
-from anellm.errors import AnellmError, ConfigError, DataError, InvalidError
+from anellm.errors import AnellmError, CompileError, ConfigError, DataError, InvalidError
 from anellm.options import CommonOptions, option
 from anellm.saferead import read_regular
 from anellm.sim_chips import Chip, chip_names, load_chip
+from anellm.sim_cost_verb import cost_of_model
 from anellm.sim_device import (
     MACS,
     NUMERICS,
@@ -62,6 +65,21 @@ class SimConfig(CommonOptions):
 
     what: str = option("ops", "what to do", choices=_WHATS, positional=True, group="what")
     model: str = option("", "file of MIL text", positional=True, group="what")
+    preset: str | None = option(
+        None, "for cost: a training step of a model of this shape", choices=tuple(preset_names()), group="what"
+    )
+    checkpoint: str | None = option(
+        None,
+        "for cost: the same for a run, checkpoint or Hugging Face directory, llama2.c .bin or GGUF file",
+        group="what",
+    )
+    batch_size: int | None = option(None, "for a step: sequences [1]", low=1, high=2**16, group="what")
+    seq_len: int | None = option(
+        None, "for a step: tokens of a sequence [256, or what the model has]", low=1, high=2**16, group="what"
+    )
+    ane_softmax: str | None = option(
+        None, "for a step: where the softmax of attention is computed [ane]", choices=("ane", "cpu"), group="what"
+    )
     weights: str = option("", "folder of the files that @model_path/weights/ names", group="what")
     input: str = option("", "NAME=x.npy for each input; the flag may be repeated", group="what")
     function: int = option(0, "which function of the program, from 0", low=0, high=2**20, group="what")
@@ -153,7 +171,10 @@ def _shown(findings: list[Finding], model: str) -> list[dict[str, Any]]:
 def _run(config: SimConfig) -> Result:
     simulator, mil, weights = _open(config)
     arrays = _read_arrays(config.input)
-    program = simulator.compile(mil, weights)
+    try:
+        program = simulator.compile(mil, weights)
+    except CompileError as error:  # which begins with line and column
+        raise CompileError(f"{config.model}:{error}") from None
     outputs = program.run(arrays, config.function)
     values: dict[str, Any] = {}
     for name, array in outputs.items():
@@ -192,7 +213,24 @@ def _lint(config: SimConfig) -> Result:
     return Result({"findings": findings})
 
 
+def _cost_of_model(config: SimConfig) -> Result:
+    if config.model:
+        raise ConfigError("sim cost: expected a file of MIL text or the shape of a model, found both")
+    unset = SimConfig()
+    for name in ("weights", "input", "output", "function", "numerics", "mac", "rows", "strict", "lenient_blobs"):
+        if getattr(config, name) != getattr(unset, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: only with a file of MIL text")
+    softmax = config.ane_softmax or "ane"
+    return cost_of_model(
+        config.chip, config.preset or "", config.checkpoint or "", config.batch_size or 1, config.seq_len, softmax
+    )
+
+
 def _cost(config: SimConfig) -> Result:
+    if config.preset or config.checkpoint:
+        return _cost_of_model(config)
+    if not config.model:
+        raise ConfigError("sim cost: expected a file of MIL text, --preset or --checkpoint")
     simulator, mil, weights = _open(config)
     program = simulator.compile(mil, weights)
     simulator.idle(simulator.chip.constants["idle_after_s"] + 1.0)
@@ -220,6 +258,12 @@ def _ops(config: SimConfig) -> Result:
 def run(config: SimConfig) -> Result:
     """Do what ``config.what`` says."""
     set_threads(config.threads)
+    for name in ("preset", "checkpoint"):
+        if getattr(config, name) and config.what != "cost":
+            raise ConfigError(f"--{name}: only for cost, found {config.what}")
+    for name in ("batch_size", "seq_len", "ane_softmax"):
+        if getattr(config, name) is not None and not (config.preset or config.checkpoint):
+            raise ConfigError(f"--{name.replace('_', '-')}: only with --preset or --checkpoint")
     if config.model and "\0" in config.model:
         raise InvalidError("model: expected a path without NUL characters")
     return {"run": _run, "lint": _lint, "cost": _cost, "ops": _ops}[config.what](config)

@@ -457,6 +457,9 @@ def test_activations_published_values() -> None:
     want = (1 / (1 + np.exp(-grid))).astype(HALF)
     np.testing.assert_array_equal(activation("sigmoid", grid), want)  # samples are exact
     assert activation("sigmoid", [20.0]) == want[-1]  # clamped
+    assert activation("sigmoid", [-20.0]) == want[0]
+    low = 1 / (1 + np.exp(9.938))  # M1's table goes on to there
+    np.testing.assert_allclose(activation("sigmoid", [-20.0], "m1").astype(np.float64), low, rtol=2**-10)
     assert activation("silu", [0.5]) == HALF(0.296)
     assert activation("silu", [0.0]) == HALF(-1.26e-3)
     assert activation("gelu", [0.25], **GELU) == HALF(0.1436)

@@ -1,4 +1,4 @@
-"""Each op of the simulator against float64 NumPy; optionally against coremltools' value inference."""
+"""Each op of the simulator against float64 NumPy; test_sim_coremltools.py has the same for coremltools."""
 
 # ruff: noqa: E501 (programs stand in long lines)
 from __future__ import annotations
@@ -466,33 +466,3 @@ def test_every_computed_op_is_tested() -> None:
         pytest.skip("only part of this file was run")
     assert computed - COVERED - elsewhere == set()
     assert all(entry["evidence"] for entry in op_table())
-
-
-COREML = [
-    ("add", {"x": (1, 4, 1, 32), "y": (1, 4, 1, 32)}, {}), ("real_div", {"x": (1, 4, 1, 32), "y": (1, 1, 1, 32)}, {}),
-    ("sigmoid", {"x": (1, 4, 1, 32)}, {}), ("tanh", {"x": (1, 4, 1, 32)}, {}), ("exp", {"x": (1, 4, 1, 32)}, {}),
-    ("matmul", {"x": (1, 4, 16, 32), "y": (1, 4, 32, 16)}, {}), ("reduce_max", {"x": (1, 4, 1, 32)}, {"axes": [1], "keep_dims": True}),
-    ("transpose", {"x": (1, 4, 2, 32)}, {"perm": [0, 2, 1, 3]}), ("softmax", {"x": (1, 4, 2, 32)}, {"axis": -1}),
-    ("slice_by_size", {"x": (1, 4, 2, 32)}, {"begin": [0, 1, 0, 0], "size": [1, 2, 2, 32]}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("op", "shapes", "parameters"), COREML)
-def test_against_coremltools(op: str, shapes: dict[str, tuple[int, ...]], parameters: dict[str, Any]) -> None:
-    ct = pytest.importorskip("coremltools", reason="coremltools is not installed")
-    from coremltools.converters.mil.mil import Builder, Function
-
-    arrays = {name: draw(shape) for name, shape in shapes.items()}
-    with Function({}, opset_version=ct.target.iOS18):
-        want = np.asarray(getattr(Builder, op)(**arrays, **parameters).val)
-    constants, call = "", ", ".join(f"{name} = in_{name}" for name in arrays)
-    for name, value in parameters.items():
-        constants += (
-            ints(f"p_{name}", value)
-            if isinstance(value, list)
-            else scalar(f"p_{name}", "bool" if isinstance(value, bool) else "int32", str(value).lower())
-        )
-        call += f", {name} = p_{name}"
-    inputs = {f"in_{name}": array for name, array in arrays.items()}
-    got = evaluate(op, call, inputs, want.shape, constants)
-    np.testing.assert_allclose(got, want.astype(np.float64), atol=1e-2, rtol=1e-2)
