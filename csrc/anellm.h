@@ -38,8 +38,9 @@ const char *anellm_status_name(int status);       /* "OK", "INVALID", ... */
 const char *anellm_version(void);
 
 /* ---- CPU variants and threads ------------------------------------------------------------------------------- */
-/* A tier names all kernels in force, those of the fp32 and of the bf16 product: "portable", "avx2" and "avx512" round
- * to bf16 in software; "avx512bf16" and "amx" are "avx512" with a bf16 unit. */
+/* A tier names all kernels in force, those of the fp32 and of the bf16 product: "portable", "avx2", "avx512", "neon" and
+ * "vdsp" (neon with Accelerate's products) round to bf16 in software; "avx512bf16" and "amx" are "avx512" with a bf16
+ * unit. */
 const char *anellm_cpu_variant(void);             /* the tier in force: "portable", "avx2", ... */
 const char *anellm_cpu_variants(void);            /* the tiers this machine can run, best first, comma-separated */
 const char *anellm_cpu_features(void);            /* detected feature bits, comma-separated */
@@ -273,11 +274,19 @@ typedef struct {
     int64_t mac_fast, mac_exact;                  /* tiles of products: numerics = fast took the short way, or not */
 } anellm_ane_counters;
 
-/* name: "sim", or the path of a library that exports anellm_ane_device_open. Objects may be freed in any order. */
+typedef struct {
+    char device[16];                              /* "sim", "ane" */
+    char architecture[32], chip[64], system[32];  /* "h16g", "Apple M4", "macOS 15.1"; "" where not known */
+    int32_t n_engines, n_cores;                   /* 0 where not known */
+} anellm_ane_info;
+
+/* name: "sim"; "ane", the engine of this machine; or the path of a library that exports anellm_ane_device_open.
+ * Objects may be freed in any order. */
 int anellm_ane_open(anellm_ane **device, const char *name, const anellm_ane_profile *profile,
                     const anellm_sim_options *options);
 void anellm_ane_close(anellm_ane *device);
 int anellm_ane_get_counters(anellm_ane *device, anellm_ane_counters *counters);
+int anellm_ane_get_info(anellm_ane *device, anellm_ane_info *info);
 int anellm_ane_get_error(anellm_ane *device, anellm_ane_error *error);      /* of the last COMPILE or EVAL */
 int anellm_ane_compile(anellm_ane *device, anellm_ane_program **program, const char *mil, int64_t mil_bytes,
                        const anellm_ane_file *files, int64_t n_files);

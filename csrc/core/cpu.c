@@ -104,9 +104,13 @@ static void detect_into_statics(void) {
                  {ANELLM_CPU_AVX512BF16, "avx512bf16"},
                  {ANELLM_CPU_AMX_BF16, "amx_bf16"},
                  {ANELLM_CPU_AMX_PERMITTED, "amx_permitted"},
-                 {ANELLM_CPU_NEON, "neon"}};
+                 {ANELLM_CPU_NEON, "neon"},
+                 {ANELLM_CPU_VDSP, "vdsp"}};
     size_t used = 0;
     detected = detect();
+#if defined(__APPLE__) || defined(ANELLM_ACCELERATE_SHIM)
+    detected |= ANELLM_CPU_VDSP;
+#endif
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         if ((detected & names[i].bit) == 0) continue;
         used += (size_t)snprintf(detected_names + used, sizeof detected_names - used, "%s%s", used > 0 ? "," : "",

@@ -10,7 +10,8 @@ enum anellm_cpu_feature {
     ANELLM_CPU_AVX512BF16 = 1 << 2,
     ANELLM_CPU_AMX_BF16 = 1 << 3,   /* the CPU has AMX-TILE and AMX-BF16, whatever the system makes of it */
     ANELLM_CPU_NEON = 1 << 4,
-    ANELLM_CPU_AMX_PERMITTED = 1 << 5 /* and the system saves tile registers and lets this process use them */
+    ANELLM_CPU_AMX_PERMITTED = 1 << 5, /* and the system saves tile registers and lets this process use them */
+    ANELLM_CPU_VDSP = 1 << 6        /* Apple's Accelerate framework, which every macOS has */
 };
 unsigned anellm_cpu_feature_bits(void);
 

@@ -15,6 +15,7 @@ static const struct {
 } tiers[] = {
     [ANELLM_RANK_portable] = {"portable", 0},
     [ANELLM_RANK_neon] = {"neon", ANELLM_CPU_NEON},
+    [ANELLM_RANK_vdsp] = {"vdsp", ANELLM_CPU_VDSP},
     [ANELLM_RANK_avx2] = {"avx2", ANELLM_CPU_AVX2},
     [ANELLM_RANK_avx512] = {"avx512", ANELLM_CPU_AVX512},
     [ANELLM_RANK_avx512bf16] = {"avx512bf16", ANELLM_CPU_AVX512BF16},

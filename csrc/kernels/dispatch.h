@@ -20,15 +20,21 @@
 #include "kernels/rope.h"
 #include "kernels/swiglu.h"
 
+/* Apple's Accelerate framework is there, or what ANELLM_ACCELERATE_SHIM puts in its place: kernels/accelerate.h. */
+#if defined(__APPLE__) || defined(ANELLM_ACCELERATE_SHIM)
+#define ANELLM_HAS_ACCELERATE 1
+#endif
+
 /* Every variant: its name and its rank; each name is a tier as well. A tier uses, for each kernel, the variant of the
  * highest rank that does not exceed the tier's and whose features the machine has. */
 enum anellm_variant_rank {
     ANELLM_RANK_portable = 0,
     ANELLM_RANK_neon = 1,
-    ANELLM_RANK_avx2 = 2,
-    ANELLM_RANK_avx512 = 3,
-    ANELLM_RANK_avx512bf16 = 4,
-    ANELLM_RANK_amx = 5
+    ANELLM_RANK_vdsp = 2,
+    ANELLM_RANK_avx2 = 3,
+    ANELLM_RANK_avx512 = 4,
+    ANELLM_RANK_avx512bf16 = 5,
+    ANELLM_RANK_amx = 6
 };
 
 struct anellm_kernels {

@@ -288,6 +288,14 @@ static void small_body(void *context, int64_t begin, int64_t end) {
 
 static int is_small(const struct product *p) { return p->M <= ANELLM_MATMUL_SMALL && p->k_contiguous_a; }
 
+/* Returns whether the engine has a library that did it. */
+static int multiply_whole(const struct product *p) {
+    if (p->engine->whole == NULL) return 0;
+    if (p->residual != NULL) copy_residual(p, 0, p->M, 0, p->N);
+    return p->engine->whole(p->C, p->ld_c, p->A, p->ld_a, !p->k_contiguous_a, p->B, p->ld_b, p->k_contiguous_b, p->M,
+                            p->N, p->K, p->accumulate);
+}
+
 /* ---- entry points --------------------------------------------------------------------------------------------- */
 
 static void multiply_serial(struct product *p) {
@@ -295,6 +303,7 @@ static void multiply_serial(struct product *p) {
         small_body(p, 0, p->N);
         return;
     }
+    if (multiply_whole(p)) return;
     choose_kc(p);
     p->ms = p->M;
     p->ns = p->N;
@@ -346,7 +355,8 @@ static int multiply(const char *function, struct product *p) {
         anellm_parallel_for(N, grain < 64 ? 64 : grain, small_body, p);
         return ANELLM_OK;
     }
-    if ((double)M * (double)N * (double)K < MIN_PARALLEL_WORK) {
+    if (multiply_whole(p)) return ANELLM_OK;
+    if ((double)M * (double)N * (double)K < (double)MIN_PARALLEL_WORK) {
         multiply_serial(p);
         return ANELLM_OK;
     }

@@ -64,6 +64,10 @@ struct matmul_engine {
                      int64_t N, int64_t K, int accumulate);
     void (*small_nn)(float *c, int64_t ld_c, const float *a, int64_t ld_a, const float *b, int64_t ld_b, int64_t M,
                      int64_t N, int64_t K, int accumulate);
+    /* A product of more rows at once, by a library: arguments as of anellm_matmul, none of M, N, K zero. Returns 0 if it
+     * cannot take the sizes: then the tiles do it. NULL: there is no such library. */
+    int (*whole)(float *c, int64_t ld_c, const float *a, int64_t ld_a, int trans_a, const float *b, int64_t ld_b,
+                 int trans_b, int64_t M, int64_t N, int64_t K, int accumulate);
 };
 enum { ANELLM_MATMUL_SMALL = 4 };
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
-from anellm.device import AneOptions, device_library, resolve_device, why_no_ane
+from anellm.device import AneOptions, device_library, no_ane_platform, resolve_device
 from anellm.errors import InvalidError, UnavailableError
 from anellm.sim_chips import Chip, load_chip
 from anellm.sim_device import DeviceFailure, Simulator
@@ -60,7 +60,7 @@ class AneDevice:
         """Open one.
 
         Args:
-            name: "ane-sim", or "ane" where ANELLM_ANE_DEVICE names a library that is one.
+            name: "ane-sim"; or "ane": the engine of this machine, or what the library is that ANELLM_ANE_DEVICE names.
             options: the chip and the numerics to simulate.
 
         Raises:
@@ -76,11 +76,11 @@ class AneDevice:
             self.simulator = Simulator(self.chip, numerics=options.numerics)
             return
         library = device_library()
-        if library is None:
-            raise UnavailableError(f"device {name}: {why_no_ane()}")
+        if library is None and (why := no_ane_platform()) is not None:
+            raise UnavailableError(f"device {name}: {why}")
         out = ffi.new("anellm_ane **")
         profile = load_chip(options.chip).c_profile()
-        check(lib.anellm_ane_open(out, library.encode(), profile, ffi.NULL))
+        check(lib.anellm_ane_open(out, (library or "ane").encode(), profile, ffi.NULL))
         self._handle = Handle(out[0], lib.anellm_ane_close, "device")
 
     @property
@@ -93,6 +93,15 @@ class AneDevice:
         counters = ffi.new("anellm_ane_counters *")
         check(lib.anellm_ane_get_counters(self.pointer, counters))
         return {name: getattr(counters, name) for name, _ in ffi.typeof("anellm_ane_counters").fields}
+
+    def information(self) -> dict[str, str | int]:
+        """Return what the device tells of itself and its machine: "" or 0 where it does not know."""
+        info = ffi.new("anellm_ane_info *")
+        check(lib.anellm_ane_get_info(self.pointer, info))
+        texts = ("device", "architecture", "chip", "system")
+        return {name: text(getattr(info, name)) for name in texts} | {
+            name: int(getattr(info, name)) for name in ("n_engines", "n_cores")
+        }
 
     def failure(self) -> DeviceFailure:
         """Return the last failure to compile or evaluate, as the system reports it."""
@@ -199,8 +208,11 @@ def check_usable(device: str, options: AneOptions | None) -> None:
     Raises:
         ConfigError, DataError, UnavailableError: see AneDevice.
     """
-    if resolve_device(device) == "ane-sim":
+    name = resolve_device(device)
+    if name == "ane-sim":
         load_chip((options or AneOptions()).chip)
+    elif name == "ane":
+        AneDevice(name, options or AneOptions())
 
 
 def memory_bytes(c_config: Any, batch_size: int, seq_len: int, *, training: bool, options: AneOptions) -> int:

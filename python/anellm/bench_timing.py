@@ -110,7 +110,12 @@ def variant() -> str:
 
 
 def peak_tier(tier: str, dtype: str) -> str:
-    """Return the tier whose multiply-adds a tier's products use: those above avx512 only add instructions for bf16."""
+    """Return the tier whose multiply-adds a tier's products use: those above avx512 only add instructions for bf16.
+
+    The matrix unit behind vdsp has no public instructions, so its products are compared with NEON's.
+    """
+    if tier == "vdsp":
+        return "neon"
     return tier if dtype == "bf16" or tier in _FP32_TIERS else "avx512"
 
 

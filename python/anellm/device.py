@@ -51,17 +51,30 @@ class AneOptions:
             raise InvalidError(f"scaling: expected true or false, found {self.scaling!r}")
 
 
-def why_no_ane() -> str:
-    """Return why the Apple Neural Engine is not used on this machine."""
+def no_ane_platform() -> str | None:
+    """Return why the Apple Neural Engine can be on no machine of this kind; None: it can."""
     if platform.system() != "Darwin":
         return f"the Apple Neural Engine needs macOS on Apple silicon; this is {platform.system()}"
     if platform.machine() != "arm64":
         return f"the Apple Neural Engine needs Apple silicon; this Mac, or this Python, is {platform.machine()}"
-    return "this version of anellm has no backend for the Apple Neural Engine: it computes on the CPU"
+    return None
+
+
+def why_no_ane() -> str | None:
+    """Return why the device ``ane`` cannot be used on this machine; None: it can be opened."""
+    if device_library() is None and (why := no_ane_platform()) is not None:
+        return why
+    from anellm.ane import AneDevice
+
+    try:
+        AneDevice("ane", AneOptions())
+    except UnavailableError as error:
+        return str(error)
+    return None
 
 
 def device_library() -> str | None:
-    """Return the path of the library that is the device ``ane``: ANELLM_ANE_DEVICE names it; None: there is none.
+    """Return the path of a library that is the device ``ane``: ANELLM_ANE_DEVICE names it; None: the built-in one is.
 
     Such a library exports ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
     """
@@ -90,8 +103,8 @@ def resolve_device(name: str) -> str:
         UnavailableError: when it cannot be used on this machine; says why.
     """
     name = named_device(name)
-    if name == "ane" and device_library() is None:
-        raise UnavailableError(f"device ane: {why_no_ane()}; ane-sim simulates it")
+    if name == "ane" and device_library() is None and (why := no_ane_platform()) is not None:
+        raise UnavailableError(f"device ane: {why}; ane-sim simulates it")
     return name
 
 

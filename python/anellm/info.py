@@ -11,7 +11,7 @@ from typing import Any
 
 from anellm._ffi import lib, text
 from anellm.cli import Result, Verb
-from anellm.device import device_library, named_device, set_threads, why_no_ane
+from anellm.device import named_device, set_threads, why_no_ane
 from anellm.machine import available_bytes, human_bytes
 from anellm.options import CommonOptions, option
 
@@ -55,7 +55,7 @@ def collect(threads: int, device: str = "auto") -> dict[str, Any]:
         "anellm": text(lib.anellm_version()),
         "device": named_device(device),
         # The reason why not, or null where it can be used.
-        "devices": {"cpu": None, "ane": None if device_library() else why_no_ane(), "ane-sim": None},
+        "devices": {"cpu": None, "ane": why_no_ane(), "ane-sim": None},
         "cpu_variant": text(lib.anellm_cpu_variant()),
         "cpu_variants": _names(text(lib.anellm_cpu_variants())),
         "cpu_features": _names(text(lib.anellm_cpu_features())),

@@ -2,12 +2,31 @@
 #include "backend/ane/device.h"
 
 #include <dlfcn.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "backend/sim/sim.h"
 #include "core/status.h"
 
 #define REQUIRE_POINTER(pointer) ANELLM_REQUIRE((pointer) != NULL, #pointer " is NULL")
+
+static int host_fail(int status, const char *message) { return anellm_fail(status, "%s", message); }
+
+static int open_library(anellm_ane **device, const char *name, const anellm_ane_profile *profile) {
+    static const struct anellm_ane_host host = {host_fail, anellm_ane_open};
+    void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL); /* stays open: its tables live as long as the process */
+    if (library == NULL) return anellm_fail(ANELLM_UNAVAILABLE, "Neural Engine device: %.300s", dlerror());
+    anellm_ane_device_open_fn *open;
+    anellm_ane_device_host_fn *take_host;
+    void *symbol = dlsym(library, "anellm_ane_device_open"), *wants_host = dlsym(library, "anellm_ane_device_host");
+    if (symbol == NULL) {
+        return anellm_fail(ANELLM_UNAVAILABLE, "%.300s exports no anellm_ane_device_open", name);
+    }
+    memcpy(&open, &symbol, sizeof open); /* ISO C has no cast from object to function pointer */
+    memcpy(&take_host, &wants_host, sizeof take_host);
+    if (wants_host != NULL) take_host(&host);
+    return open(device, profile);
+}
 
 int anellm_ane_open(anellm_ane **device, const char *name, const anellm_ane_profile *profile,
                     const anellm_sim_options *options) {
@@ -16,19 +35,16 @@ int anellm_ane_open(anellm_ane **device, const char *name, const anellm_ane_prof
     REQUIRE_POINTER(profile);
     *device = NULL;
     if (strcmp(name, "sim") == 0) return anellm_sim_open(device, profile, options);
-    if (strchr(name, '/') == NULL) {
-        return anellm_fail(ANELLM_UNAVAILABLE, "no Neural Engine device \"%.64s\"; there is \"sim\", or the path of a library",
-                           name);
+    if (strchr(name, '/') != NULL) return open_library(device, name, profile);
+#if defined(__APPLE__)
+    if (strcmp(name, "ane") == 0) return anellm_ane_apple_open(device, profile);
+#else
+    if (strcmp(name, "ane") == 0) {
+        return anellm_fail(ANELLM_UNAVAILABLE, "the Apple Neural Engine needs macOS on Apple silicon");
     }
-    void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL); /* stays open: its tables live as long as the process */
-    if (library == NULL) return anellm_fail(ANELLM_UNAVAILABLE, "Neural Engine device: %.300s", dlerror());
-    anellm_ane_device_open_fn *open;
-    void *symbol = dlsym(library, "anellm_ane_device_open");
-    if (symbol == NULL) {
-        return anellm_fail(ANELLM_UNAVAILABLE, "%.300s exports no anellm_ane_device_open", name);
-    }
-    memcpy(&open, &symbol, sizeof open); /* ISO C has no cast from object to function pointer */
-    return open(device, profile);
+#endif
+    return anellm_fail(ANELLM_UNAVAILABLE,
+                       "no Neural Engine device \"%.64s\"; there is \"sim\", \"ane\", or the path of a library", name);
 }
 
 void anellm_ane_close(anellm_ane *device) {
@@ -39,6 +55,14 @@ int anellm_ane_get_counters(anellm_ane *device, anellm_ane_counters *counters) {
     REQUIRE_POINTER(device);
     REQUIRE_POINTER(counters);
     return device->table->counters(device, counters);
+}
+
+int anellm_ane_get_info(anellm_ane *device, anellm_ane_info *info) {
+    REQUIRE_POINTER(device);
+    REQUIRE_POINTER(info);
+    memset(info, 0, sizeof *info);
+    snprintf(info->device, sizeof info->device, "%s", device->table->name);
+    return device->table->info != NULL ? device->table->info(device, info) : ANELLM_OK;
 }
 
 int anellm_ane_get_error(anellm_ane *device, anellm_ane_error *error) {

@@ -6,6 +6,9 @@
  *
  *     int anellm_ane_device_open(anellm_ane **device, const anellm_ane_profile *profile);
  *
+ * and may export anellm_ane_device_host, which is called first and gives it what the core has for it: a library has no
+ * other way to this thread's message, nor to other devices.
+ *
  * The order of calls is that of the private API (ANE.md 3.1): compile, load, then requests over surfaces, evaluate,
  * unload. Surfaces are bound by position among the alphabetically ordered names (Q08, Q11, Q69), and by nothing else:
  * whoever calls this with positions of his own making gets what the hardware would give him. Callers with names go
@@ -40,6 +43,7 @@ struct anellm_ane_table {
                           anellm_ane_surface *const *outputs, const int32_t *output_indices, int64_t n_outputs);
     int (*evaluate)(anellm_ane_program *program, anellm_ane_request *request);
     void (*request_free)(anellm_ane_request *request);
+    int (*info)(anellm_ane *device, anellm_ane_info *info); /* NULL: only the name is known */
 };
 
 /* Each device's own struct starts with one of these. */
@@ -57,5 +61,15 @@ struct anellm_ane_request {
 };
 
 typedef int anellm_ane_device_open_fn(anellm_ane **device, const anellm_ane_profile *profile);
+
+struct anellm_ane_host {
+    int (*fail)(int status, const char *message); /* keeps the message as this thread's, returns status */
+    int (*open)(anellm_ane **device, const char *name, const anellm_ane_profile *profile,
+                const anellm_sim_options *options); /* anellm_ane_open */
+};
+typedef void anellm_ane_device_host_fn(const struct anellm_ane_host *host);
+
+/* The engine of this machine, through Apple's framework: device_ane.m, on macOS. UNAVAILABLE says why there is none. */
+anellm_ane_device_open_fn anellm_ane_apple_open;
 
 #endif

@@ -86,8 +86,11 @@ const struct layout_kernels layout_kernels__portable = {write_tile__portable, re
                                                         write_line__portable, scale_line__portable};
 
 static const struct layout_kernels *kernels(void) {
-#if defined(__x86_64__)
-    if (strcmp(anellm_cpu_variant(), "portable") != 0) return &layout_kernels__avx2; /* every other tier has AVX2 */
+#if defined(__x86_64__) /* every tier but portable and vdsp has AVX2 */
+    if (strcmp(anellm_cpu_variant(), "portable") != 0 && strcmp(anellm_cpu_variant(), "vdsp") != 0)
+        return &layout_kernels__avx2;
+#elif defined(__aarch64__)
+    if (strcmp(anellm_cpu_variant(), "portable") != 0) return &layout_kernels__neon;
 #endif
     return &layout_kernels__portable;
 }

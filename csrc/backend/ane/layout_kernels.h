@@ -1,4 +1,4 @@
-/* The serial kernels behind layout.h: a portable set, and one for AVX2 and above. Both give the same bytes. */
+/* The serial kernels behind layout.h: a portable set, one for AVX2 and above, one for NEON. All give the same bytes. */
 #ifndef ANELLM_ANE_LAYOUT_KERNELS_H
 #define ANELLM_ANE_LAYOUT_KERNELS_H
 
@@ -25,6 +25,8 @@ struct layout_kernels {
 extern const struct layout_kernels layout_kernels__portable;
 #if defined(__x86_64__)
 extern const struct layout_kernels layout_kernels__avx2; /* near the speed of memory: wider registers gain nothing */
+#elif defined(__aarch64__)
+extern const struct layout_kernels layout_kernels__neon;
 #endif
 
 #endif

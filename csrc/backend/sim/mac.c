@@ -146,7 +146,10 @@ static void count_rows(void *context, int64_t begin, int64_t end) {
 
 static double largest_bias(const struct sim_product *p, int64_t begin, int64_t end) {
     double largest = 0.0;
-    for (int64_t i = begin; i < end; i++) largest = fmax(largest, fabs((double)sim_widen_mac(p->bias[i])));
+    for (int64_t i = begin; i < end; i++) { /* not by fmax: GCC 12 for arm64 fails to compile a loop of it at -O3 */
+        const double magnitude = fabs((double)sim_widen_mac(p->bias[i]));
+        largest = magnitude > largest ? magnitude : largest;
+    }
     return largest;
 }
 

@@ -163,6 +163,13 @@ static int require_sim(const char *function, const anellm_ane *device) {
     return anellm_fail_in(function, ANELLM_UNSUPPORTED, "device \"%s\" is no simulator", device->table->name);
 }
 
+static int sim_info(anellm_ane *ane, anellm_ane_info *info) {
+    const anellm_ane_profile *profile = &as_device(ane)->profile;
+    snprintf(info->architecture, sizeof info->architecture, "%s", profile->architecture);
+    snprintf(info->chip, sizeof info->chip, "%s", profile->name);
+    return ANELLM_OK;
+}
+
 int anellm_sim_inject(anellm_ane *ane, int fault, int64_t after, int64_t count, double slow_ms) {
     ANELLM_TRY(require_sim(__func__, ane));
     ANELLM_REQUIRE(fault >= 0 && fault < SIM_N_FAULTS, "fault is %d", fault);
@@ -546,6 +553,7 @@ static const struct anellm_ane_table sim_table = {
     .close = sim_close,
     .counters = sim_counters,
     .error = sim_error,
+    .info = sim_info,
     .compile = sim_compile,
     .program_free = sim_program_free,
     .load = sim_load,

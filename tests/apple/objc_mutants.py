@@ -1,0 +1,147 @@
+"""Mistakes that could be made in device_ane.m: what to replace by what, once. The driver must fail with each.
+
+``find`` stands in device_ane.m exactly once. Those of LEAKS lose memory that no counter sees: leak checkers find them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A change of device_ane.m."""
+
+    name: str
+    find: str
+    put: str
+
+
+MUTANTS = [
+    Mutant("request_leaked", "[request->request release];", ""),
+    Mutant("model_leaked", "[(id)model release];", "(void)model;"),
+    Mutant("model_released_twice", "[(id)model release];", "[(id)model release]; [(id)model release];"),
+    Mutant(
+        "model_not_retained",
+        "[[framework.model inMemoryModelWithDescriptor:descriptor] retain]",
+        "[framework.model inMemoryModelWithDescriptor:descriptor]",
+    ),
+    Mutant("surface_object_leaked", "[surface->object release];", ""),
+    Mutant("surface_leaked", "if (surface->surface != NULL) CFRelease(surface->surface);", ""),
+    Mutant("no_pool", "    @autoreleasepool {\n        @try", "    {\n        @try"),
+    Mutant("exception_passes", "@catch (id exception)", "@catch (NSString *exception)"),
+    Mutant("other_qos", "DEFAULT_QOS = 21", "DEFAULT_QOS = 33"),
+    Mutant(
+        "never_unloaded",
+        'return guarded(program->device, ANELLM_COMPILE, "unloadWithQoS", unload_body, program);',
+        "program->loaded = 0; program->device->counters.loaded--; return unload_body == NULL;",
+    ),
+    Mutant("unloaded_with_the_last_request", "    ane_unload(ane); /* now", "    /* now"),
+    Mutant(
+        "compile_unchecked",
+        'return ok ? ANELLM_OK : failed(device, ANELLM_COMPILE, "compileWithQoS", error);',
+        "return ANELLM_OK;",
+    ),
+    Mutant(
+        "load_unchecked",
+        "if (![program->model loadWithQoS:program->device->qos options:@{} error:&error])",
+        "if (![program->model loadWithQoS:program->device->qos options:@{} error:&error] && error == (id)program)",
+    ),
+    Mutant(
+        "evaluate_unchecked",
+        "request:request->request error:&error])\n        return ANELLM_OK;",
+        "request:request->request error:&error] || error != (id)call)\n        return ANELLM_OK;",
+    ),
+    Mutant(
+        "unload_unchecked",
+        "if (![program->model unloadWithQoS:program->device->qos error:&error])",
+        "if (![program->model unloadWithQoS:program->device->qos error:&error] && error == (id)program)",
+    ),
+    Mutant(
+        "write_unchecked",
+        "if ([data writeToFile:path atomically:YES]) return ANELLM_OK;",
+        "[data writeToFile:path atomically:YES];\n    if (data != nil) return ANELLM_OK;",
+    ),
+    Mutant(
+        "request_unchecked", "if (request->request != nil) return ANELLM_OK;", "if (call != NULL) return ANELLM_OK;"
+    ),
+    Mutant("descriptor_unchecked", "if (descriptor == nil) return", "if (call == NULL) return"),
+    Mutant("domain_lost", "copy_text(domain, sizeof domain, [error domain]);", ""),
+    Mutant("text_lost", "copy_text(text, sizeof text, [error localizedDescription]);", ""),
+    Mutant("code_lost", "domain, (int64_t)[error code], text", "domain, 0, text"),
+    Mutant(
+        "surface_stays_locked",
+        "const int code = (int)IOSurfaceUnlock(surface->surface, surface->options, NULL);",
+        "const int code = 0;",
+    ),
+    Mutant(
+        "unlocked_with_other_options",
+        "(int)IOSurfaceUnlock(surface->surface, surface->options, NULL)",
+        "(int)IOSurfaceUnlock(surface->surface, 0, NULL)",
+    ),
+    Mutant("freed_while_locked", "while (surface->locks > 0) {", "while (surface->locks > 9) {"),
+    Mutant("evaluated_while_locked", "if (is_locked(request->surfaces[i])) return", "if (is_locked(NULL)) return"),
+    Mutant(
+        "lock_unchecked",
+        "const int code = (int)IOSurfaceLock(surface->surface, options, NULL);",
+        "const int code = 0 * (int)IOSurfaceLock(surface->surface, options, NULL);",
+    ),
+    Mutant("not_cleared", "memset(surface->base, 0, (size_t)surface->bytes);", "(void)0;"),
+    Mutant("part_of_a_page", "(bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;", "bytes;"),
+    Mutant(
+        "size_unchecked",
+        "if ((int64_t)IOSurfaceGetAllocSize(surface->surface) < surface->bytes)",
+        "if ((int64_t)IOSurfaceGetAllocSize(surface->surface) < 0)",
+    ),
+    Mutant("indices_all_0", "[indices[side] addObject:@(index)];", "[indices[side] addObject:@(index - index)];"),
+    Mutant("outputs_for_inputs", "const int side = i >= request->n_inputs;", "const int side = i < request->n_inputs;"),
+    Mutant(
+        "weights_nil", "weights:weights optionsPlist:nil", "weights:([weights count] ? weights : nil) optionsPlist:nil"
+    ),
+    Mutant(
+        "text_is_a_string",
+        "modelWithMILText:text weights",
+        "modelWithMILText:(NSData *)[NSString stringWithUTF8String:call->mil] weights",
+    ),
+    Mutant(
+        "options_nil", "loadWithQoS:program->device->qos options:@{}", "loadWithQoS:program->device->qos options:nil"
+    ),
+    Mutant(
+        "text_not_written",
+        'ANELLM_TRY(write_file(program, text, [folder stringByAppendingPathComponent:@"model.mil"]));',
+        "(void)folder;",
+    ),
+    Mutant("weights_not_written", "    ANELLM_TRY(write_weights(program, weights));\n    const BOOL", "    const BOOL"),
+    Mutant(
+        "folder_left",
+        "if (!others && ![[NSFileManager defaultManager] removeItemAtPath:folder->path error:&error])",
+        "if (error != nil)",
+    ),
+    Mutant("folder_of_a_twin_removed", "if (--folder->users == 0) {", "if (--folder->users >= 0) {"),
+    Mutant("folder_of_others_removed", "if (!others && !", "if (others >= 0 && !"),
+    Mutant("folder_not_held", "if (lock >= 0) flock(lock, LOCK_SH | LOCK_NB);", ""),
+    Mutant("folder_held_for_ever", "if (folder->lock >= 0) close(folder->lock);", ""),
+    Mutant("folder_anywhere", "if (!is_plain_name([name UTF8String]))", 'if (!is_plain_name("x"))'),
+    Mutant("paths_unchecked", 'strstr(path, "..") != NULL)', "path == NULL)"),
+    Mutant("no_backoff", "if (wait > 0.0) {", "if (wait > 1e9) {"),
+    Mutant("no_limit_of_compiles", "device->max_compiles > 0 && number", "device->max_compiles > 9 && number"),
+    Mutant("unloaded_program_evaluated", "if (!program->loaded) return refuse", "if (program == NULL) return refuse"),
+    Mutant(
+        "request_does_not_keep_its_program",
+        "    atomic_fetch_add(&program->references, 1);\n    struct request_call",
+        "    struct request_call",
+    ),
+]
+
+LEAKS = [
+    Mutant("path_leaked", "[folder->path release];", ""),
+    Mutant("signature_leaked", "    anellm_ane_signature_free(program->signature);\n", ""),
+    Mutant("spare_folder_leaked", "    free(fresh);\n", ""),
+    Mutant("surfaces_of_a_request_leaked", "    free(request->surfaces);\n", ""),
+    Mutant("device_leaked", "    pthread_mutex_destroy(&device->mutex);\n    free(device);\n", ""),
+]
+
+
+def mutate(source: str, mutant: Mutant) -> str:
+    """Return the source with the mistake in it."""
+    assert source.count(mutant.find) == 1, f"{mutant.name}: {mutant.find!r} stands {source.count(mutant.find)} times"
+    return source.replace(mutant.find, mutant.put)
