@@ -16,6 +16,7 @@ from anellm.errors import AnellmError
 
 _MAX_TOML_BYTES = 1 << 18
 _MAX_DOTS = 200
+_CHUNK = 1 << 30  # a read makes a buffer of all that it asks for, and gets 2 GiB at most
 _PLAIN_LINE = re.compile(r"\s*[A-Za-z0-9_-]+\s*=(\s*[\"']|[^{]*$)")  # KEY = a string, or no table in it
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 # What says that a file is not there or not a plain file; anything else is the system's trouble, not the file's.
@@ -101,7 +102,11 @@ def read_regular(path: Path, error: type[AnellmError], limit_bytes: int, *, foll
         if size > limit_bytes:
             raise error(f"{path}: expected at most {limit_bytes} bytes, found {size}")
         try:
-            return file.read(limit_bytes)
+            parts = []
+            while size > 0 and (part := file.read(min(size, _CHUNK))):
+                parts.append(part)
+                size -= len(part)
+            return b"".join(parts)
         except OSError as problem:
             raise error(f"{path}: {problem.strerror or problem}") from None
 

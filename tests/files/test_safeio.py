@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     assert link.is_symlink()
 
 
-def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
+def test_only_small_regular_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     link = tmp_path / "link"
@@ -152,6 +153,16 @@ def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x" * 11)
     with pytest.raises(DataError, match="at most 10 bytes, found 11"):
         saferead.read_regular(tmp_path / "x", DataError, 10)
+    for length in (0, 1, 9, 10):
+        (tmp_path / "x").write_bytes(b"0123456789"[:length])
+        assert saferead.read_regular(tmp_path / "x", DataError, 10) == b"0123456789"[:length]
+    tracemalloc.start()
+    assert saferead.read_regular(tmp_path / "x", DataError, 1 << 34) == b"0123456789"
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20  # as much as the file needs, not as the limit allows
+    tracemalloc.stop()
+    monkeypatch.setattr(saferead, "_CHUNK", 3)
+    assert saferead.read_regular(tmp_path / "x", DataError, 10) == b"0123456789"
+    monkeypatch.undo()
     for text in (b"", b"[]", b"{", b'{"a": 1}x', b"[" * 100_000):
         (tmp_path / "x").write_bytes(text)
         with pytest.raises(DataError, match=str(tmp_path / "x")):

@@ -70,7 +70,7 @@ extension asan "${ASAN[@]}"
 # Leaks are the C drivers' business: CPython keeps memory until exit on purpose.
 LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$BUILD/asan/lib" \
-    "$PYTHON" -m pytest -q -p no:cacheprovider -n "$JOBS" tests/kernels tests/model tests/backend \
+    "$PYTHON" -m pytest -q -p no:cacheprovider -n "$JOBS" --dist worksteal tests/kernels tests/model tests/backend \
     --deselect tests/kernels/test_cpu.py::test_features_agree_with_the_kernel  # what is emulated is no feature
 
 echo "-- API tests over a TSan extension"
