@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
+from anellm.ane_device import Engine
 from anellm.device import AneOptions, device_library, no_ane_platform, resolve_device
 from anellm.errors import InvalidError, UnavailableError
 from anellm.sim_chips import Chip, load_chip
-from anellm.sim_device import DeviceFailure, Simulator
+from anellm.sim_device import Simulator
 
 
 class AneStats(NamedTuple):
@@ -46,7 +47,7 @@ class AneStats(NamedTuple):
         return self.ane_flops / total if total > 0 else None
 
 
-class AneDevice:
+class AneDevice(Engine):
     """An open Neural Engine.
 
     Attributes:
@@ -74,25 +75,21 @@ class AneDevice:
         if name == "ane-sim":
             self.chip = load_chip(options.chip)
             self.simulator = Simulator(self.chip, numerics=options.numerics)
+            self.min_surface_bytes = self.simulator.min_surface_bytes
             return
         library = device_library()
         if library is None and (why := no_ane_platform()) is not None:
             raise UnavailableError(f"device {name}: {why}")
         out = ffi.new("anellm_ane **")
-        profile = load_chip(options.chip).c_profile()
-        check(lib.anellm_ane_open(out, (library or "ane").encode(), profile, ffi.NULL))
+        limits = load_chip(options.chip)
+        check(lib.anellm_ane_open(out, (library or "ane").encode(), limits.c_profile(), ffi.NULL))
+        self.min_surface_bytes = int(limits.constants["min_surface_bytes"])
         self._handle = Handle(out[0], lib.anellm_ane_close, "device")
 
     @property
     def pointer(self) -> Any:
         """Return the C pointer."""
         return self._handle.pointer if self.simulator is None else self.simulator.pointer
-
-    def counters(self) -> dict[str, float]:
-        """Return the counts since it was opened: compiles, loads, evaluations, modelled time in ms."""
-        counters = ffi.new("anellm_ane_counters *")
-        check(lib.anellm_ane_get_counters(self.pointer, counters))
-        return {name: getattr(counters, name) for name, _ in ffi.typeof("anellm_ane_counters").fields}
 
     def information(self) -> dict[str, str | int]:
         """Return what the device tells of itself and its machine: "" or 0 where it does not know."""
@@ -102,12 +99,6 @@ class AneDevice:
         return {name: text(getattr(info, name)) for name in texts} | {
             name: int(getattr(info, name)) for name in ("n_engines", "n_cores")
         }
-
-    def failure(self) -> DeviceFailure:
-        """Return the last failure to compile or evaluate, as the system reports it."""
-        error = ffi.new("anellm_ane_error *")
-        check(lib.anellm_ane_get_error(self.pointer, error))
-        return DeviceFailure(text(error.domain), int(error.code), text(error.text), text(error.detail))
 
     def describe(self) -> dict[str, Any]:
         """Return its name and settings, for metrics.jsonl and the manifest."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from anellm._ffi import lib, text
 from anellm.cli import Result, Verb
-from anellm.device import named_device, set_threads, why_no_ane
+from anellm.device import AneOptions, named_device, resolve_device, set_threads, why_no_ane
+from anellm.errors import ConfigError, DeviceError
 from anellm.machine import available_bytes, human_bytes
 from anellm.options import CommonOptions, option
 
@@ -23,6 +24,15 @@ class InfoConfig(CommonOptions):
     """The options of ``info``."""
 
     report: bool = option(False, "print one block to paste into an issue", group="output", flag_only=True)
+    ane_selftest: bool = option(
+        False,
+        "compile, compare and time each program on --device ane (or ane-sim); --json writes a chip for ane-sim",
+        group="self-test",
+        flag_only=True,
+    )
+    chip: str | None = option(
+        None, "chip that ane-sim simulates in the self-test, or a .json file [m4]", group="self-test"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -97,9 +107,32 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def _selftest(config: InfoConfig, found: dict[str, Any]) -> Result:
+    """Test the device; the exit code is 0 if all programs are right."""
+    from anellm import ane, ane_selftest
+
+    device = resolve_device("ane" if config.device == "auto" else config.device)
+    if device not in ("ane", "ane-sim"):
+        raise ConfigError(f"--ane-selftest: expected --device ane or ane-sim, found {device}")
+    if config.report:
+        raise ConfigError("--ane-selftest, --report: expected one of the two")
+    if config.chip is not None and device != "ane-sim":
+        raise ConfigError(f"--chip: only for --device ane-sim, found --device {device}")
+    options = AneOptions() if config.chip is None else AneOptions(chip=config.chip)
+    rows, values = ane_selftest.selftest(ane.AneDevice(device, options), ane_selftest.SIZES)
+    values["selftest"]["info"] = found
+    if config.json:
+        print(f"{config.json}: a chip for the simulator: anellm sim cost --preset stories110m --chip {config.json}")
+    return Result(values, 0 if all(row.state == "ok" for row in rows) else DeviceError.exit_code)
+
+
 def run(config: InfoConfig) -> Result:
     """Print what was found, and return it."""
     found = collect(set_threads(config.threads), config.device)
+    if config.ane_selftest:
+        return _selftest(config, found)
+    if config.chip is not None:
+        raise ConfigError("--chip: only with --ane-selftest")
     lines = _lines(found)
     if config.report:
         print("```text", *(f"{label}: {value}" for label, value in lines), "```", sep="\n")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from anellm._ffi import ffi, lib, text
+from anellm.ane_device import WEIGHTS_PATH, DeviceFailure, Finding, Port, Program, Surface
 from anellm.cli import Result, Verb
 from anellm.config import preset_names
 from anellm.device import set_threads
@@ -26,18 +27,7 @@ from anellm.options import CommonOptions, option
 from anellm.saferead import read_regular
 from anellm.sim_chips import Chip, chip_names, load_chip
 from anellm.sim_cost_verb import cost_of_model
-from anellm.sim_device import (
-    MACS,
-    NUMERICS,
-    ROWS,
-    WEIGHTS_PATH,
-    DeviceFailure,
-    Finding,
-    Port,
-    Program,
-    Simulator,
-    Surface,
-)
+from anellm.sim_device import MACS, NUMERICS, ROWS, Simulator
 
 __all__ = [
     "Chip",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from anellm.options import nearest
 from anellm.saferead import parse_json, read_regular
 
 SCHEMA = 1
+REPORT_KEY = "selftest"  # what anellm info --ane-selftest found; no part of the chip
 _LIMIT_BYTES = 1 << 18
 _NAME_BYTES = 15
 _TEXT_KEYS = ("name", "architecture", "description")
@@ -77,6 +79,30 @@ def _number(key: str, entry: Any, source: str) -> tuple[float, str]:
     return value, found
 
 
+def chip_values(chip: Chip) -> dict[str, Any]:
+    """Return what a chip's JSON file holds."""
+    numbers = {key: {"value": value, "source": chip.sources[key]} for key, value in chip.constants.items()}
+    texts = {key: getattr(chip, key) for key in _TEXT_KEYS}
+    return {"schema": SCHEMA, **texts, "constants": numbers}
+
+
+def nearest_chip(architecture: str, default: str) -> str:
+    """Return the name of the chip that comes along whose compiler's name is the same, or the next generation's.
+
+    Args:
+        architecture: such as ``h16g``: the number is the generation, what follows a kind of product.
+        default: what to return where it says no generation.
+    """
+    known = {name: load_chip(name).architecture for name in chip_names()}
+    same = [name for name, its in known.items() if its == architecture]
+    found = re.fullmatch(r"[hH]([0-9]{1,3})[a-z]*", architecture)
+    if same or found is None:
+        return same[0] if same else default
+    generation = int(found[1])
+    # Of two chips of a generation (m3, m3ultra) the first by name.
+    return min(known, key=lambda name: (abs(int(known[name][1:3]) - generation), name))
+
+
 def parse_chip(data: bytes, source: str) -> Chip:
     """Return the chip that a JSON file describes.
 
@@ -88,7 +114,7 @@ def parse_chip(data: bytes, source: str) -> Chip:
         DataError: naming the file and the key: no JSON, another schema, a key missing, unknown or of a wrong type.
     """
     values = parse_json(data, source, DataError)
-    known = {"schema", *_TEXT_KEYS, "constants"}
+    known = {"schema", *_TEXT_KEYS, "constants", REPORT_KEY}
     for key in values:
         if key not in known:
             raise DataError(f"{source}: unknown key {key!r}{nearest(key, known)}")

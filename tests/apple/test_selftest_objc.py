@@ -1,0 +1,59 @@
+"""info --ane-selftest over csrc/backend/ane/device_ane.m, GNUstep and the fake framework."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from objc_tools import environment, left_in, run_python
+
+SELFTEST = """
+from anellm import ane_selftest, info
+from anellm.ane_reference import Batch
+from anellm.ane_selftest import Size
+
+shape = ModelConfig(dim=32, hidden_dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, vocab_size=48,
+                    max_seq_len=40)
+ane_selftest.SIZES = (Size("small", Batch(shape, 2, 33)), Size("one", Batch(shape, 1, 32), ("wo_fwd",)))
+step = sys.argv[1]
+if step:
+    fake().fake_ane_fail(step.encode(), 3, 1, 0)
+code = info.main(["--ane-selftest", "--json", os.environ["TMP"] + ".json"])
+gc.collect()
+assert (fake().fake_ane_live(), files()) == (0, [])
+print("exit code", code)
+"""
+
+
+def test_the_selftest(built: Path, tmp_path: Path) -> None:
+    """All is well, and equal to the simulator; a refusal is a row of its own, and everything is freed."""
+    tmp = tmp_path / "tmp"
+    lines = run_python(SELFTEST, environment(built, tmp), "").splitlines()
+    assert lines[0].startswith("ane, Apple M4, h16g, macOS 15.1; nearest chip: m4; times are real")
+    rows = lines[2:16]
+    for row in rows:
+        assert re.match(r"\w+ +(small|one) +ok +\S+ +\S+ +0\.00\d+ +(1\.0|0\.9999)\d+ +0\.000000$", row), row
+    assert "14 programs: 14 ok, 0 wrong, 0 refused" in lines
+    assert lines[-1] == "exit code 0"
+    found = json.loads(Path(f"{tmp}.json").read_text())
+    assert (found["name"], found["architecture"]) == ("m4-tested", "h16g")
+    measured = found["selftest"]["measured"]
+    assert measured.keys() >= {"dispatch_us", "compile_ms", "cached_compile_ms", "load_ms"}
+    assert all(value > 0 for value in measured.values())
+    source = found["constants"]["compile_ms"]["source"]
+    assert source == "measured by --ane-selftest on ane, Apple M4, h16g, macOS 15.1"
+    for step, stage, words in (
+        ("compile", "compile", r"com\.apple\.appleneuralengine\.compiler, code 1: .*ANECCompile\(\) FAILED"),
+        ("load", "load", r"com\.apple\.appleneuralengine, code 6: .*0x20004"),
+        ("evaluate", "evaluate", r"com\.apple\.appleneuralengine, code 8: .*Program Inference error"),
+        ("surface", "evaluate", "no NSError, code 0: "),
+        ("unload", "unload", r"com\.apple\.appleneuralengine, code [0-9]+: "),
+    ):
+        lines = run_python(SELFTEST, environment(built, tmp), step).splitlines()
+        refused = [line for line in lines if "refused at" in line]
+        assert len(refused) == 1
+        assert re.match(rf"\w+ +small +refused at {stage}: {words}", refused[0]), refused
+        assert "14 programs: 13 ok, 0 wrong, 1 refused" in lines
+        assert lines[-1] == "exit code 5"
+    assert left_in(tmp) == []
