@@ -84,5 +84,20 @@ def test_a_policy_can_be_checked_before_there_is_a_model() -> None:
 
 @pytest.mark.parametrize("n_layers", [0, -1, True, 2.0, "4"])
 def test_a_number_of_layers_that_is_none_is_refused(n_layers: object) -> None:
-    with pytest.raises(ConfigError, match="n_layers: expected a whole number from 1, found"):
+    with pytest.raises(ConfigError, match="n_layers: expected a whole number from 1 to 2147483647, found"):
         saved_layers(n_layers, "all")  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 100), POLICIES, st.lists(st.integers(0, 99), max_size=4))
+def test_segments_end_where_a_group_does(n_layers: int, policy: str, starts: list[int]) -> None:
+    boundaries = [start for start in starts if start < n_layers]
+    saved, alone = saved_layers(n_layers, policy, boundaries), saved_layers(n_layers, policy)
+    assert set(saved.inputs) == set(alone.inputs) | set(boundaries)
+    assert saved.buffer_layers <= alone.buffer_layers
+    assert [layer for start, end in saved.segments for layer in range(start, end)] == list(range(n_layers))
+
+
+@pytest.mark.parametrize("boundary", [-1, 12, 1.0])
+def test_a_boundary_that_is_no_layer_is_refused(boundary: object) -> None:
+    with pytest.raises(ConfigError, match="boundary: expected a whole number from 0 to 11, found"):
+        saved_layers(12, "sqrt", [boundary])  # type: ignore[list-item]
