@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -101,3 +103,12 @@ def test_segments_end_where_a_group_does(n_layers: int, policy: str, starts: lis
 def test_a_boundary_that_is_no_layer_is_refused(boundary: object) -> None:
     with pytest.raises(ConfigError, match="boundary: expected a whole number from 0 to 11, found"):
         saved_layers(12, "sqrt", [boundary])  # type: ignore[list-item]
+
+
+def test_the_table_of_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z:N]+)` \|.*\| (?:N = 4: )?(\d+), (\d+), (\d+) \|$", text, re.MULTILINE)
+    assert [policy for policy, *_ in rows] == ["all", "boundary", "every:N", "sqrt", "none"]
+    for policy, *numbers in rows:
+        saved = saved_layers(32, policy.replace("N", "4"))
+        assert [len(saved.inputs), saved.buffer_layers, len(saved.recomputed)] == [int(number) for number in numbers]
