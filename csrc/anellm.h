@@ -414,6 +414,7 @@ typedef struct {
                                                      evaluation was repeated with a smaller one after an overflow */
     int64_t surface_bytes;                        /* memory of all surfaces now */
     double ane_flops, cpu_flops;                  /* of matrix products, in the last forward and backward */
+    double total_ane_flops, total_cpu_flops;      /* and in all of them since it was attached */
     double max_activation;                        /* max |residual| of the last forward, and in which layer */
     int32_t max_activation_layer;
 } anellm_ane_stats;

@@ -43,6 +43,8 @@ int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats) {
     ANELLM_REQUIRE(stats != NULL, "stats is NULL");
     ANELLM_TRY(take_engine(&engine, model, __func__));
     *stats = engine->stats;
+    stats->total_ane_flops += stats->ane_flops;
+    stats->total_cpu_flops += stats->cpu_flops;
     stats->max_activation = 0.0;
     stats->max_activation_layer = 0;
     for (int32_t layer = 0; layer < model->config.n_layers; ++layer) {

@@ -15,6 +15,12 @@ from anellm.sim_chips import Chip, load_chip
 from anellm.sim_device import Simulator
 
 
+def share(ane_flops: float, cpu_flops: float) -> float | None:
+    """Return the part of operations that were the engine's, 0 to 1; None when there were none."""
+    total = ane_flops + cpu_flops
+    return ane_flops / total if total > 0 else None
+
+
 class AneStats(NamedTuple):
     """What the engine did for a model.
 
@@ -26,6 +32,8 @@ class AneStats(NamedTuple):
         surface_bytes: memory of all surfaces.
         ane_flops: operations of matrix products on the engine in the last forward and backward; a multiply-add is 2.
         cpu_flops: the same on the CPU.
+        total_ane_flops: operations on the engine in all forwards and backwards since then.
+        total_cpu_flops: the same on the CPU.
         max_activation: largest magnitude in the residual stream in the last forward.
         max_activation_layer: the layer that has it.
     """
@@ -37,14 +45,15 @@ class AneStats(NamedTuple):
     surface_bytes: int
     ane_flops: float
     cpu_flops: float
+    total_ane_flops: float
+    total_cpu_flops: float
     max_activation: float
     max_activation_layer: int
 
     @property
     def flops_share(self) -> float | None:
-        """Return the part of the operations that were the engine's, 0 to 1; None before the first pass."""
-        total = self.ane_flops + self.cpu_flops
-        return self.ane_flops / total if total > 0 else None
+        """Return the part of the last pass's operations that were the engine's, 0 to 1; None before the first."""
+        return share(self.ane_flops, self.cpu_flops)
 
 
 class AneDevice(Engine):

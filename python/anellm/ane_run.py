@@ -6,14 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from anellm import checkpoint, safeio, saferead
+from anellm.ane import ModelEngine, share
 from anellm.errors import CheckpointError, InvalidError
 from anellm.loss_scaler import LossScaler
-
-if TYPE_CHECKING:
-    from anellm.ane import ModelEngine
 
 STATE = "ane.json"  # in a checkpoint of a run on an ANE device
 _KEYS = {"scaler", "ane_softmax", "exponents"}
@@ -47,12 +45,17 @@ def count_skips(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(Counter(where(record) for record in records if record.get("kind") == "skip").most_common())
 
 
+def _flops(ane: float, cpu: float) -> dict[str, float | None]:
+    """Return what a summary says about operations of matrix products, forward and backward."""
+    return {"ane_flops": ane, "cpu_flops": cpu, "ane_flops_share": share(ane, cpu)}
+
+
 def evaluation_summary(engine: ModelEngine) -> dict[str, Any]:
     """Return what the result of an evaluation says about the engine."""
-    device = engine.device
+    device, stats = engine.device, engine.stats()
     return {
         **device.describe(),
-        "ane_flops_share": engine.stats().flops_share,
+        **_flops(stats.total_ane_flops, stats.total_cpu_flops),
         "modelled_ms": None if device.simulator is None else device.counters()["modelled_ms"],
     }
 
@@ -83,7 +86,7 @@ class EngineRun:
         self._before: tuple[int, int, float] = (0, 0, 0.0)
         self._modelled_ms = 0.0
         self._steps = 0
-        self._share: float | None = None
+        self._flops_before = self._total_flops()
 
     @property
     def scale(self) -> float:
@@ -102,6 +105,13 @@ class EngineRun:
             return 0, 0, 0.0
         stats = self.engine.stats()
         return stats.rescales, stats.retries, self.engine.device.counters()["modelled_ms"]
+
+    def _total_flops(self) -> tuple[float, float]:
+        """Return the operations so far, on the engine and on the CPU."""
+        if self.engine is None:
+            return 0.0, 0.0
+        stats = self.engine.stats()
+        return stats.total_ane_flops, stats.total_cpu_flops
 
     def begin_step(self) -> None:
         """Remember where the counters stand."""
@@ -124,13 +134,12 @@ class EngineRun:
         if self._steps == 2:
             self._modelled_ms = 0.0  # the first compiles
         self._modelled_ms += modelled_ms
-        self._share = stats.flops_share
         values: dict[str, Any] = {
             "loss_scale": self.scale,
             "skipped": skipped,
             "rescales": rescales,
             "retries": retries,
-            "ane_flops_share": self._share,
+            "ane_flops_share": stats.flops_share,
             "modelled_ms": modelled_ms if self.engine.device.simulator is not None else None,
         }
         return values | (self.activations() if activations else {})
@@ -148,9 +157,10 @@ class EngineRun:
         if self.engine is None:
             return {}
         timed = self.engine.device.simulator is not None and self._steps > 0
+        ane, cpu = (now - before for now, before in zip(self._total_flops(), self._flops_before, strict=True))
         return {
             **self.describe(),
-            "ane_flops_share": self._share,
+            **_flops(ane, cpu),
             "modelled_ms_per_step": self._modelled_ms / max(1, self._steps - 1) if timed else None,
             "loss_scale": self.scale,
         }

@@ -393,7 +393,17 @@ def test_what_a_run_says(tmp_path: Path) -> None:
         assert min(line["max_activation"]) > 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert [manifest[key] for key in ("device", "chip", "numerics")] == ["ane-sim", "m4", "fast"]
-    assert result.ane["ane_flops_share"] == steps[-1]["ane_flops_share"]
+    assert model.ane is not None
+    stats = model.ane.stats()
+    assert [result.ane[key] for key in ("ane_flops", "cpu_flops")] == [stats.total_ane_flops, stats.total_cpu_flops]
+    total = stats.total_ane_flops + stats.total_cpu_flops
+    assert result.ane["ane_flops_share"] == stats.total_ane_flops / total
+    # Evaluations have less work for the CPU than steps.
+    assert steps[-1]["ane_flops_share"] < result.ane["ane_flops_share"] < steps[-1]["ane_flops_share"] + 0.05
+    again = EngineRun(model.ane)  # counts from its own beginning
+    assert again.summary()["ane_flops_share"] is None
+    model.forward(*a_batch(), training=False)
+    assert again.summary()["ane_flops"] == model.ane.stats().ane_flops > 0
     assert result.ane["modelled_ms_per_step"] == pytest.approx(np.mean([line["modelled_ms"] for line in steps[1:]]))
     line = describe_engine(result.ane)
     assert line.startswith("ane-sim m4: ")

@@ -152,7 +152,8 @@ def test_evaluate(model: Path, capsys: pytest.CaptureFixture[str], numerics: str
     assert ane["loss"] == pytest.approx(cpu["loss"], abs=2e-3)
     assert (ane["windows"], ane["tokens"], ane["numerics"]) == (7, 7 * 64, numerics)
     assert ane.keys() - cpu.keys() == {
-        "device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_flops_share", "modelled_ms"
+        "device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_flops_share", "ane_flops", "cpu_flops",
+        "modelled_ms",
     }  # fmt: skip
     # Seven windows are a batch of four and one of three: the second is evaluated by the same programs.
     assert evaluate.main([*argv, *more, "--max-windows", "4", "--json", "four.json"]) == 0

@@ -189,6 +189,13 @@ int anellm_ane_use(struct anellm_ane_engine *engine, int64_t B, int64_t T, int t
     return anellm_block_reserve(&engine->buffers, (size_t)anellm_ane_buffer_bytes(&engine->config, B * T));
 }
 
+void anellm_ane_begin_pass(struct anellm_ane_engine *engine) {
+    engine->stats.total_ane_flops += engine->stats.ane_flops;
+    engine->stats.total_cpu_flops += engine->stats.cpu_flops;
+    engine->stats.ane_flops = engine->stats.cpu_flops = 0.0;
+    memset(engine->activations, 0, (size_t)engine->config.n_layers * sizeof *engine->activations);
+}
+
 struct anellm_ane_scale *anellm_ane_scale_at(struct anellm_ane_engine *engine, int64_t layer, int boundary) {
     return &engine->scales[layer * ANELLM_ANE_N_SCALES + boundary];
 }

@@ -57,7 +57,7 @@ struct anellm_ane_engine {
     int64_t clock, generation;    /* of sets' last use; of the weights, from 1 */
     struct anellm_ane_scale *scales; /* (n_layers, ANELLM_ANE_N_SCALES) */
     float *activations;           /* (n_layers) */
-    anellm_ane_stats stats;
+    anellm_ane_stats stats;       /* its totals without the pass in work */
     float result;                 /* max |value| read from the output of the last evaluation, as it stood there */
     struct anellm_ane_jobs jobs;
     struct anellm_block buffers;  /* what jobs read: blocks.c */
@@ -73,6 +73,9 @@ void anellm_ane_engine_free(struct anellm_ane_engine *engine);
  * ANELLM_ANE_MAX_PROGRAMS, a longer set that fits serves; without one, the set that was not used for longest goes, those
  * of inference first. */
 int anellm_ane_use(struct anellm_ane_engine *engine, int64_t B, int64_t T, int training);
+
+/* A forward begins: its operations count from here. */
+void anellm_ane_begin_pass(struct anellm_ane_engine *engine);
 
 /* The scale of one layer and enum anellm_ane_boundary. */
 struct anellm_ane_scale *anellm_ane_scale_at(struct anellm_ane_engine *engine, int64_t layer, int boundary);

@@ -192,8 +192,7 @@ int anellm_ane_attention_forward(void *state, const struct anellm_step *step, fl
     const anellm_config *c = step->config;
     if (step->layer == 0) {
         ANELLM_TRY(anellm_ane_use(engine, step->B, step->T, step->training));
-        engine->stats.ane_flops = engine->stats.cpu_flops = 0.0;
-        memset(engine->activations, 0, (size_t)c->n_layers * sizeof(float));
+        anellm_ane_begin_pass(engine);
     }
     const int64_t start = anellm_trace_begin();
     ANELLM_TRY(anellm_rmsnorm_forward(step->workspace->h, c->dim, saved->attn_rstd, saved->x, c->dim, w->attn_norm,
