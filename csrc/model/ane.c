@@ -58,6 +58,21 @@ int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats) {
     return ANELLM_OK;
 }
 
+int anellm_model_ane_refusal(anellm_model *model, int64_t index, anellm_ane_refusal *refusal) {
+    struct anellm_ane_engine *engine = NULL;
+    ANELLM_REQUIRE(refusal != NULL, "refusal is NULL");
+    ANELLM_TRY(take_engine(&engine, model, __func__));
+    int status = ANELLM_OK;
+    if (index >= 0 && index < engine->refusals.n) {
+        *refusal = engine->refusals.list[index].shown;
+    } else {
+        status = anellm_fail_in(__func__, ANELLM_RANGE, "index = %lld, there are %d refusals", (long long)index,
+                                engine->refusals.n);
+    }
+    anellm_model_release(model);
+    return status;
+}
+
 int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_layers) {
     struct anellm_ane_engine *engine = NULL;
     ANELLM_REQUIRE(absmax != NULL, "absmax is NULL");

@@ -45,6 +45,11 @@ def count_skips(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(Counter(where(record) for record in records if record.get("kind") == "skip").most_common())
 
 
+def fallbacks(engine: ModelEngine) -> list[dict[str, Any]]:
+    """Return the programs that the engine refused, for records and summaries."""
+    return [refusal._asdict() for refusal in engine.refusals]
+
+
 def _flops(ane: float, cpu: float) -> dict[str, float | None]:
     """Return what a summary says about operations of matrix products, forward and backward."""
     return {"ane_flops": ane, "cpu_flops": cpu, "ane_flops_share": share(ane, cpu)}
@@ -56,6 +61,7 @@ def evaluation_summary(engine: ModelEngine) -> dict[str, Any]:
     return {
         **device.describe(),
         **_flops(stats.total_ane_flops, stats.total_cpu_flops),
+        "fallbacks": fallbacks(engine),
         "modelled_ms": None if device.simulator is None else device.counters()["modelled_ms"],
     }
 
@@ -65,6 +71,9 @@ def describe_engine(summary: Mapping[str, Any]) -> str:
     share = summary["ane_flops_share"]
     name = " ".join(filter(None, (summary["device"], summary["chip"])))
     parts = [] if share is None else [f"{share:.1%} of the FLOPs on the Neural Engine, {1 - share:.1%} on the CPU"]
+    if summary["fallbacks"]:
+        refused = {f"{each['part']} (for {each['program']} is refused)": None for each in summary["fallbacks"]}
+        parts.append(f"on the CPU for want of a program: {', '.join(refused)}")
     for key, what in (("modelled_ms_per_step", "ms a step"), ("modelled_ms", "ms")):
         if summary.get(key) is not None:
             parts.append(f"the chip would take {summary[key]:.1f} {what}, by the model of its times")
@@ -86,6 +95,7 @@ class EngineRun:
         self._before: tuple[int, int, float] = (0, 0, 0.0)
         self._modelled_ms = 0.0
         self._steps = 0
+        self._n_told = 0
         self._flops_before = self._total_flops()
 
     @property
@@ -144,6 +154,16 @@ class EngineRun:
         }
         return values | (self.activations() if activations else {})
 
+    def fallbacks(self) -> list[dict[str, Any]]:
+        """Return the programs that were refused, for records and summaries."""
+        return [] if self.engine is None else fallbacks(self.engine)
+
+    def new_fallbacks(self) -> list[dict[str, Any]]:
+        """Return the programs that were refused since the last call."""
+        found = self.fallbacks()[self._n_told :]
+        self._n_told += len(found)
+        return found
+
     def activations(self) -> dict[str, Any]:
         """Return the largest activations of the last forward, by layer, for a record."""
         return {} if self.engine is None else {"max_activation": self.engine.activations()}
@@ -161,6 +181,7 @@ class EngineRun:
         return {
             **self.describe(),
             **_flops(ane, cpu),
+            "fallbacks": self.fallbacks(),
             "modelled_ms_per_step": self._modelled_ms / max(1, self._steps - 1) if timed else None,
             "loss_scale": self.scale,
         }
