@@ -402,15 +402,17 @@ typedef struct {
     int32_t softmax_cpu;                          /* 1: mask and softmax of the attention on the CPU */
     int32_t async_dw;                             /* 1: weight gradients on a background thread, beside the evaluations;
                                                      the same bytes as with 0 */
+    int32_t fallback;                             /* 1: what a program computes that the device refuses to compile or
+                                                     load, the CPU does, in all layers; 0: COMPILE */
 } anellm_ane_options;
 /* From now on attention and mlp blocks of forward and backward run on the device (embedding, norms, classifier, loss,
  * weight gradients, the optimizer and decode stay on the CPU). The device stays the caller's and must outlive the model
- * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1}. Needs a model made with "cpu", of dtype
+ * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1, 1}. Needs a model made with "cpu", of dtype
  * fp32. UNSUPPORTED when a dimension of the model is beyond what any chip takes. Forgets a forward that was not gone back
  * through; programs are compiled by the first forward of a batch shape. */
 int anellm_model_attach_ane(anellm_model *model, anellm_ane *device, const anellm_ane_options *options);
 /* A forward or backward on the device can also end with
- *   COMPILE    the device refused a program: which, for which shape, why
+ *   COMPILE    the device refused a program: which, for which shape, why; only without fallback
  *   EVAL       an evaluation failed: which program, which layer, the device's error
  *   NONFINITE  a value was out of range on its way in, or infinite on its way out: which program, which layer
  * Parameters and moments are untouched then. Gradients hold a partial sum that must not be used: with accumulation, the
@@ -422,10 +424,20 @@ typedef struct {
                                                      evaluation was repeated with a smaller one after an overflow */
     int64_t surface_bytes;                        /* memory of all surfaces now */
     double ane_flops, cpu_flops;                  /* of matrix products, in the last forward and backward */
+    double total_ane_flops, total_cpu_flops;      /* and in all of them since it was attached */
     double max_activation;                        /* max |residual| of the last forward, and in which layer */
     int32_t max_activation_layer;
+    int32_t n_refusals;                           /* programs refused since it was attached; each costs one compile */
 } anellm_ane_stats;
 int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats);      /* INVALID unless attached */
+/* A program that the device refused, so that the CPU computes its part of the blocks. */
+typedef struct {
+    const char *program, *part;                   /* "sdpa_bwd2", "attention backward" */
+    int64_t B, T;                                 /* the shape that it was refused for */
+    anellm_ane_error error;                       /* as the device reports it */
+    char message[512];
+} anellm_ane_refusal;
+int anellm_model_ane_refusal(anellm_model *model, int64_t index, anellm_ane_refusal *refusal); /* RANGE after the last */
 /* max |residual| behind each layer's two blocks in the last forward; n_layers must be the model's. */
 int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_layers);
 /* The scales' state, which a run that goes on exactly where it stopped needs beside parameters and moments: its size,

@@ -113,7 +113,9 @@ struct anellm_backend {
 const struct anellm_backend *anellm_backend_find(const char *name);
 extern const struct anellm_backend anellm_backend_cpu;
 
-/* Parts of the CPU's blocks that other backends use. RMSNorm over head_dim of each q and k head, in place, before RoPE
+/* Parts of the CPU's blocks that other backends use. Attention over rows of q, k, v as anellm_layer_saved has them. */
+anellm_attention_shape anellm_cpu_attention_shape(const anellm_config *config, int64_t B, int64_t T);
+/* RMSNorm over head_dim of each q and k head, in place, before RoPE
  * (Qwen3). qk (N, ld) starts with q, then k; rstd is (n_heads + n_kv_heads, N) or NULL. */
 int anellm_cpu_qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_config *config, int64_t N,
                                const struct anellm_layer_weights *w);

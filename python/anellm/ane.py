@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +11,15 @@ import numpy as np
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
 from anellm.ane_device import Engine
 from anellm.device import AneOptions, device_library, no_ane_platform, resolve_device
-from anellm.errors import InvalidError, UnavailableError
+from anellm.errors import FallbackWarning, InvalidError, UnavailableError
 from anellm.sim_chips import Chip, load_chip
 from anellm.sim_device import Simulator
+
+
+def share(ane_flops: float, cpu_flops: float) -> float | None:
+    """Return the part of operations that were the engine's, 0 to 1; None when there were none."""
+    total = ane_flops + cpu_flops
+    return ane_flops / total if total > 0 else None
 
 
 class AneStats(NamedTuple):
@@ -26,8 +33,11 @@ class AneStats(NamedTuple):
         surface_bytes: memory of all surfaces.
         ane_flops: operations of matrix products on the engine in the last forward and backward; a multiply-add is 2.
         cpu_flops: the same on the CPU.
+        total_ane_flops: operations on the engine in all forwards and backwards since then.
+        total_cpu_flops: the same on the CPU.
         max_activation: largest magnitude in the residual stream in the last forward.
         max_activation_layer: the layer that has it.
+        n_refusals: programs that the engine refused, since then.
     """
 
     programs: int
@@ -37,14 +47,41 @@ class AneStats(NamedTuple):
     surface_bytes: int
     ane_flops: float
     cpu_flops: float
+    total_ane_flops: float
+    total_cpu_flops: float
     max_activation: float
     max_activation_layer: int
+    n_refusals: int
 
     @property
     def flops_share(self) -> float | None:
-        """Return the part of the operations that were the engine's, 0 to 1; None before the first pass."""
-        total = self.ane_flops + self.cpu_flops
-        return self.ane_flops / total if total > 0 else None
+        """Return the part of the last pass's operations that were the engine's, 0 to 1; None before the first."""
+        return share(self.ane_flops, self.cpu_flops)
+
+
+class Refusal(NamedTuple):
+    """A program that an engine refused to compile or load: the CPU computes its part of the blocks, in all layers.
+
+    Attributes:
+        program: its name.
+        part: "attention forward and backward", "attention backward", "mlp forward" or "mlp backward".
+        batch_size: sequences (B) of the shape that it was refused for; larger ones are not tried either.
+        seq_len: tokens (T) of it.
+        domain, code, text: the error as the system reports it; "", 0, "" where it does not.
+        message: all of it in a line.
+    """
+
+    program: str
+    part: str
+    batch_size: int
+    seq_len: int
+    domain: str
+    code: int
+    text: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"the Neural Engine refused {self.message}; the CPU computes {self.part} in all layers"
 
 
 class AneDevice(Engine):
@@ -109,6 +146,7 @@ class AneDevice(Engine):
             "numerics": self.options.numerics if simulated else None,
             "ane_scaling": "on" if self.options.scaling else "off",
             "ane_softmax": self.options.softmax,
+            "ane_fallback": self.options.fallback,
         }
 
     def __str__(self) -> str:
@@ -124,6 +162,7 @@ def c_options(options: AneOptions) -> Any:
     c.scaling = int(options.scaling)
     c.softmax_cpu = int(options.softmax == "cpu")
     c.async_dw = 1
+    c.fallback = int(options.fallback == "cpu")
     return c
 
 
@@ -132,6 +171,7 @@ class ModelEngine:
 
     Attributes:
         device: the device.
+        refusals: programs that it refused so far, whose part the CPU computes.
     """
 
     def __init__(self, model: Handle, n_layers: int, device: AneDevice) -> None:
@@ -149,6 +189,7 @@ class ModelEngine:
         self.device, self._model, self._n_layers = device, model, n_layers
         check(lib.anellm_model_attach_ane(model.pointer, device.pointer, c_options(device.options)))
         model.kept = device
+        self.refusals: list[Refusal] = []
 
     def detach(self) -> None:
         """Let the model compute on the CPU again."""
@@ -160,6 +201,22 @@ class ModelEngine:
         stats = ffi.new("anellm_ane_stats *")
         check(lib.anellm_model_ane_stats(self._model.pointer, stats))
         return AneStats(*(getattr(stats, name) for name in AneStats._fields))
+
+    def note_refusals(self) -> None:
+        """Take note of what was refused in the last forward, and warn of each program once."""
+        n = self.stats().n_refusals
+        found = ffi.new("anellm_ane_refusal *")
+        for index in range(len(self.refusals), n):
+            check(lib.anellm_model_ane_refusal(self._model.pointer, index, found))
+            error, message = found.error, " ".join(text(found.message).split())
+            refusal = Refusal(
+                text(found.program), text(found.part), int(found.B), int(found.T),
+                text(error.domain), int(error.code), text(error.text), message,
+            )  # fmt: skip
+            first = all(refusal.program != known.program for known in self.refusals)
+            self.refusals.append(refusal)
+            if first:
+                warnings.warn(str(refusal), FallbackWarning, stacklevel=4)
 
     def activations(self) -> list[float]:
         """Return the largest magnitude in the residual stream behind each layer, in the last forward."""

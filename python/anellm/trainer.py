@@ -146,8 +146,8 @@ class Trainer:
             train_data: tokens to train on.
             val_data: tokens held out; None trains without validation.
             tokenizer: for samples, and to be kept with checkpoints.
-            callbacks: called with each record (kinds device, step, skip, eval, sample, save and interrupt), to read
-                only.
+            callbacks: called with each record (kinds device, fallback, step, skip, eval, sample, save and interrupt),
+                to read only.
             run: the run directory when it is open already; None opens ``config.out``.
             optimizer: None makes the config's AdamW.
             device: what the model computes on from now on, with the config's options for it; None: the config's
@@ -297,6 +297,7 @@ class Trainer:
             loss, gradient = self._gradient(n_micro)
         except (NonFiniteError, EvalError) as failure:
             error = failure  # of a device: weights and moments are as they were, gradients are not to be used
+        self._tell_fallbacks()
         bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
         if not bad:
             with self._tracer.span("optimizer"):
@@ -426,6 +427,7 @@ class Trainer:
             more = {"message": str(error)}
         else:
             more = self._ane.activations()
+        self._tell_fallbacks()
         loss = found.loss
         state.val_loss = loss if math.isfinite(loss) else None
         if state.step > 0 and math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
@@ -441,6 +443,14 @@ class Trainer:
                 **more,
             }
         )
+
+    def _tell_fallbacks(self) -> None:
+        """Record which programs the engine has refused since the last call."""
+        found = self._ane.new_fallbacks()
+        for each in found:
+            self._emit({"kind": "fallback", "step": self.state.step, **each})
+        if found and self.run is not None:
+            self.run.amend_manifest({"fallbacks": self._ane.fallbacks()})
 
     def _sample(self) -> None:
         """Write a text with the model as it is now."""

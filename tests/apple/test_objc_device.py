@@ -173,6 +173,48 @@ def test_failures_reach_python(built: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path / "tmp") == []
 
 
+FALLBACK = """
+import warnings
+
+def refused(device, step, kind):
+    model = a_model(device, fallback="cpu")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        if device == "ane":
+            fake().fake_ane_fail(step.encode(), 5, 1, kind)
+        else:
+            model.ane.device.simulator.inject(f"{step}-fails", after=5, count=1)
+        losses = train(model)
+    assert len(found) == 1, found
+    (refusal,) = model.ane.refusals
+    return model, losses, refusal, str(found[0].message)
+
+for step in "compile", "load":
+    sim, losses, expected, _ = refused("ane-sim", step, 0)
+    assert expected.program == "sdpa_bwd1"
+    for kind in 0, 1, 2:  # an NSError, none, an exception
+        ane, found, refusal, warning = refused("ane", step, kind)
+        assert losses == found
+        assert all(np.array_equal(a, ane.params[name]) for name, a in sim.params.items())
+        assert refusal[:4] == expected[:4] == ("sdpa_bwd1", "attention backward", 2, 33)
+        assert "program sdpa_bwd1 for B = 2, T = 33" in warning and refusal.text in warning, warning
+        if kind == 0:
+            assert refusal[4:7] == expected[4:7] and refusal.domain in warning, refusal
+        a, b = sim.ane.stats(), ane.ane.stats()
+        assert (a.programs, a.flops_share, a.n_refusals) == (b.programs, b.flops_share, 1)
+        assert ane.ane.device.counters()["compiles"] == sim.ane.device.counters()["compiles"]
+        del ane
+        gc.collect()
+        assert (fake().fake_ane_live(), files()) == (0, [])
+"""
+
+
+def test_refused_programs_fall_back(built: Path, tmp_path: Path) -> None:
+    """Training goes on as it does over the simulator with the same refusal; what was compiled in vain is freed."""
+    run_python(FALLBACK, environment(built, tmp_path / "tmp"))
+    assert left_in(tmp_path / "tmp") == []
+
+
 def run_cli(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "anellm.train", *arguments]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)

@@ -68,7 +68,8 @@ int anellm_ane_get_info(anellm_ane *device, anellm_ane_info *info) {
 int anellm_ane_get_error(anellm_ane *device, anellm_ane_error *error) {
     REQUIRE_POINTER(device);
     REQUIRE_POINTER(error);
-    return device->table->error(device, error);
+    memset(error, 0, sizeof *error);
+    return device->table->error != NULL ? device->table->error(device, error) : ANELLM_OK;
 }
 
 static int check_files(const char *function, const anellm_ane_file *files, int64_t n_files) {

@@ -23,7 +23,7 @@ struct anellm_ane_table {
     const char *name;
     void (*close)(anellm_ane *device); /* memory goes with the last object that belongs to the device */
     int (*counters)(anellm_ane *device, anellm_ane_counters *counters);
-    int (*error)(anellm_ane *device, anellm_ane_error *error);
+    int (*error)(anellm_ane *device, anellm_ane_error *error); /* NULL: only messages are known */
     int (*compile)(anellm_ane *device, anellm_ane_program **program, const char *mil, int64_t mil_bytes,
                    const anellm_ane_file *files, int64_t n_files);
     void (*program_free)(anellm_ane_program *program);
