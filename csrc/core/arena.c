@@ -108,6 +108,7 @@ int anellm_arena_share(struct anellm_arena *arena, int fd, int64_t offset, int l
         return anellm_fail_in(__func__, ANELLM_NOMEM, "cannot map %zu bytes: %s", arena->reserved_bytes,
                               strerror(problem));
     for (int i = 0; i < arena->n_sections; ++i) arena->committed[i] = 1;
+    arena->shared = 1;
     return ANELLM_OK;
 }
 

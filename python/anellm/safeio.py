@@ -130,6 +130,11 @@ def _mark() -> str:
     return f"{os.getpid()}-{next(_unique)}"
 
 
+def temporary(path: Path) -> Path:
+    """Return a new name beside a file's place, for what is to be renamed to it; sweep() knows such names."""
+    return path.parent / f"{TMP}{path.name}-{_mark()}"
+
+
 def sweep(folder: Path) -> list[str]:
     """Delete what a killed process left in a folder (``.tmp-NAME-PID-N`` and ``.trash-NAME-PID-N``); return the names.
 
@@ -173,18 +178,18 @@ def atomic_file(path: str | Path) -> Iterator[NewFile]:
     """
     path = Path(path)
     check_replaceable(path)
-    temporary = path.parent / f"{TMP}{path.name}-{_mark()}"
-    file = NewFile(temporary)
+    new = temporary(path)
+    file = NewFile(new)
     try:
         yield file
         file.sync()
         file.close()
-        rename(temporary, path)
+        rename(new, path)
         fsync_dir(path.parent)
     except BaseException:
         file.close()
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         raise
 
 
@@ -234,7 +239,7 @@ def atomic_directory(path: Path) -> Iterator[NewDirectory]:
     Raises:
         OSError: from the system; what was there before is then untouched.
     """
-    folder = NewDirectory(path.parent / f"{TMP}{path.name}-{_mark()}")
+    folder = NewDirectory(temporary(path))
     try:
         yield folder
         fsync_dir(folder.path)

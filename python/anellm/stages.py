@@ -64,6 +64,15 @@ def share(model: Model, fd: int, offset: int, *, load: bool) -> None:
     check(lib.anellm_model_share(model._pointer, fd, offset, int(load)))
 
 
+def sync(model: Model) -> None:
+    """Bring what is in memory that a file holds to the disk: see share().
+
+    Raises:
+        InternalError: when the system cannot.
+    """
+    check(lib.anellm_model_sync(model._pointer))
+
+
 class Stages:
     """Take micro-batches through groups of layers, forward and back, one group at a time.
 
