@@ -12,7 +12,6 @@ docs/pipeline.md has the definitions; ``anellm plan`` prints it all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,123 +24,12 @@ COMPILE_LIMIT: Final = 119  # ANE.md Q15
 HEADROOM: Final = 0.10
 _MOST: Final = 2**31 - 1  # of everything that is counted
 
-CHECKPOINT_POLICIES: Final = ("all", "boundary", "sqrt", "every:N", "none")
-_EVERY: Final = "every:"
-_DIGITS: Final = 10  # of N: more layers than any model has
-
 
 def _whole(name: str, value: object, low: int = 1, high: int = _MOST) -> int:
     """Return a number if it is whole and in a range."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{name}: expected a whole number from {low} to {high}, found {value!r}")
     return value
-
-
-# ---- activation checkpointing ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SavedLayers:
-    """What forward keeps for backward of a stack of layers, numbered from 0.
-
-    A layer's *input* is the residual stream at its start, (B T, dim); its *activations* are all that its backward
-    reads, the input included. Layers from one of ``inputs`` up to the next are a segment: backward computes the
-    activations of a segment again from the input of its first layer, in one go, unless they are kept. So besides what
-    is kept it needs room for the activations of ``buffer_layers`` layers. The residual stream behind the last layer,
-    which the classifier reads, is kept in any case.
-
-    Attributes:
-        n_layers: how many layers there are.
-        inputs: layers whose input is kept, ascending; the first is 0.
-        full: layers whose activations are kept, ascending; whole segments.
-    """
-
-    n_layers: int
-    inputs: tuple[int, ...]
-    full: tuple[int, ...]
-
-    @property
-    def segments(self) -> tuple[tuple[int, int], ...]:
-        """Return (first layer, layer behind the last) of each segment, ascending."""
-        return tuple(zip(self.inputs, (*self.inputs[1:], self.n_layers), strict=True))
-
-    @property
-    def recomputed(self) -> tuple[int, ...]:
-        """Return the layers whose forward is computed once more in backward, ascending."""
-        full = set(self.full)
-        return tuple(layer for layer in range(self.n_layers) if layer not in full)
-
-    @property
-    def buffer_layers(self) -> int:
-        """Return how many layers' activations are in memory at a time, at most: all, or the longest segment.
-
-        The kept activations of the last segment lie where those of the other segments are computed again later, so
-        they count once.
-        """
-        return max(end - start for start, end in self.segments) if self.recomputed else self.n_layers
-
-
-def check_policy(policy: str) -> int | None:
-    """Return N of ``every:N``, and None for a policy without a number.
-
-    Raises:
-        ConfigError: when it is no policy of activation checkpointing.
-    """
-    if policy in CHECKPOINT_POLICIES[:3] or policy == "none":
-        return None
-    number = policy.removeprefix(_EVERY) if isinstance(policy, str) and policy.startswith(_EVERY) else ""
-    if number.isascii() and number.isdigit() and len(number) <= _DIGITS and int(number) >= 1:
-        return int(number)
-    expected = ", ".join(CHECKPOINT_POLICIES[:-1])
-    raise ConfigError(f"activation checkpoint: expected {expected} (N from 1) or none, found {policy!r:.80}")
-
-
-def saved_layers(n_layers: int, policy: str, boundaries: Sequence[int] = ()) -> SavedLayers:
-    """Return what forward keeps for backward.
-
-    ===========  ============================================  ==============================================
-    policy       inputs that are kept                          activations that are kept
-    ===========  ============================================  ==============================================
-    all          of every layer                                of every layer: nothing is computed again
-    boundary     of every layer                                of the last layer
-    every:N      of layers 0, N, 2N, ...                       of the last segment
-    sqrt         as every:N with N = floor(sqrt(n_layers))     of the last segment
-    none         of layer 0, which is the model's embedding    of none
-    ===========  ============================================  ==============================================
-
-    The last segment keeps its activations because backward begins with them: they are still where forward computed
-    them, and that place is needed for the other segments anyway. So the first layer's input and the last layer's
-    activations are kept under every policy but ``none``, which computes the whole forward again, as one segment: it
-    holds least from forward to backward, and as much as ``all`` during backward.
-
-    ``sqrt`` keeps the fewest *equal* pieces: k pieces and a segment of n/k layers are least for k = sqrt(n). In a
-    transformer the input of a layer is some ten times smaller than its activations, so that ``boundary`` takes the
-    least memory, for one more forward pass, as ``sqrt``.
-
-    Args:
-        n_layers: layers, at least 1.
-        policy: one of the above.
-        boundaries: layers whose input is kept under every policy: the first of each group (PipelinePlan.boundaries),
-            since what is computed again must not need another group's programs.
-
-    Raises:
-        ConfigError: naming what was expected and what was found.
-
-    Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174, section 4.
-    """
-    every = check_policy(policy)
-    _whole("n_layers", n_layers)
-    layers = tuple(range(n_layers))
-    for layer in boundaries:
-        _whole("boundary", layer, 0, n_layers - 1)
-    if policy == "all":
-        return SavedLayers(n_layers, layers, layers)
-    interval = every or {"none": n_layers, "sqrt": math.isqrt(n_layers), "boundary": 1}[policy]
-    inputs = tuple(sorted({*layers[::interval], *boundaries}))
-    return SavedLayers(n_layers, inputs, () if policy == "none" else layers[inputs[-1] :])
-
-
-# ---- compiling -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

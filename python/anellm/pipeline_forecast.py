@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from anellm import sim_cost
+from anellm.activation_checkpoint import SavedLayers
 from anellm.config import ModelConfig
 from anellm.errors import ConfigError
 from anellm.mil import AneProgram, ane_programs
 from anellm.model import memory
-from anellm.pipeline import PipelinePlan, SavedLayers
+from anellm.pipeline import PipelinePlan
 from anellm.pipeline_schedule import Schedule
 from anellm.sim_chips import Chip
 
@@ -98,13 +99,13 @@ def layer_bytes(config: ModelConfig, batch_size: int, seq_len: int) -> int:
 def memory_forecast(load: Workload) -> dict[str, int]:
     """Return bytes by kind; the total of a run is their sum.
 
-    The model's own kinds come from the code that lays its memory out. With one group and all activations kept, those
-    from ``weights`` to ``workspace`` are exactly what Model.memory() says.
+    The model's own kinds come from the code that lays its memory out. With one group, those from ``weights`` to
+    ``workspace`` are together exactly what memory() says of the policy.
     """
     config, saved, groups = load.config, load.saved, load.plan.groups
     own = memory(config, load.batch_size, load.seq_len, training=True)
     layer = layer_bytes(config, load.batch_size, load.seq_len)
-    stream = _aligned(load.rows * config.dim * _FP32)  # the residual stream of a micro-batch
+    stream = load.rows * config.dim * _FP32  # the residual stream of a micro-batch
     kept = inputs = 0
     for i, group in enumerate(groups):
         inside = range(group.start, group.end)
@@ -119,7 +120,7 @@ def memory_forecast(load: Workload) -> dict[str, int]:
         "gradients": own.grads_bytes,
         "AdamW moments": own.moments_bytes,
         "activations kept for backward": kept,
-        "inputs of layers kept for backward": inputs,
+        "inputs of layers kept for backward": _aligned(inputs),
         "activations of the segment at work": saved.buffer_layers * layer if saved.recomputed else 0,
         # Per micro-batch: the stream between groups, and the gradient that goes from one to the next.
         "boundary activations": load.accumulation * len(groups) * stream if several else 0,

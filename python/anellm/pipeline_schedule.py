@@ -84,7 +84,7 @@ class Schedule:
         accumulation: micro-batches in a step, at least 1.
 
     Raises:
-        ConfigError: on an accumulation that is no whole number from 1.
+        ConfigError: on an accumulation that is no whole number from 1, or a group that no process could compile.
     """
 
     plan: PipelinePlan
@@ -94,6 +94,9 @@ class Schedule:
         n = self.accumulation
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= _MOST:
             raise ConfigError(f"accumulation: expected a whole number from 1, found {n!r}")
+        most, usable = max(group.programs for group in self.plan.groups), self.plan.budget.usable
+        if most > usable:  # it would restart for ever
+            raise ConfigError(f"groups: expected at most {usable} programs in each, found {most}")
 
     @property
     def n_phases(self) -> int:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from anellm import weights
+from anellm.activation_checkpoint import SavedLayers, check_policy, saved_layers
 from anellm.cli import Result, Verb
 from anellm.config import ModelConfig, preset_names
 from anellm.errors import ConfigError
 from anellm.machine import human_bytes, human_count
 from anellm.options import option
-from anellm.pipeline import COMPILE_LIMIT, HEADROOM, CompileBudget, PipelinePlan, SavedLayers, plan, saved_layers
+from anellm.pipeline import COMPILE_LIMIT, HEADROOM, CompileBudget, PipelinePlan, plan
 from anellm.pipeline_forecast import (
     RESTART_MS,
     Workload,
@@ -67,6 +68,7 @@ def _workload(config: PlanConfig) -> tuple[str, Workload]:
     seq_len = config.seq_len if config.seq_len is not None else min(_DEFAULT_SEQ_LEN, shape.max_seq_len)
     if seq_len > shape.max_seq_len:
         raise ConfigError(f"--seq-len: expected at most the model's max_seq_len {shape.max_seq_len}, found {seq_len}")
+    check_policy(config.activation_checkpoint, "--activation-checkpoint")
     found = plan(shape, CompileBudget(config.budget, config.headroom))
     saved = saved_layers(shape.n_layers, config.activation_checkpoint, found.boundaries)
     micro = config.gradient_accumulation_steps
@@ -103,7 +105,8 @@ def _show_plan(found: PipelinePlan, saved: SavedLayers, policy: str) -> None:
         print(f"restarts: 1 {'a step' if steps == 1 else f'in {steps} steps'}; none before the first of a run")
     print(
         f"activation checkpoint {policy}: keeps inputs of {len(saved.inputs)} layers ({_numbers(saved.inputs)}), "
-        f"all activations of {len(saved.full)} ({_numbers(saved.full)}); computes {len(saved.recomputed)} again"
+        f"all activations of {len(saved.full)} ({_numbers(saved.full)}), room for those of {saved.buffer_layers}; "
+        f"{len(saved.recomputed)} forward passes of a layer again"
     )
 
 

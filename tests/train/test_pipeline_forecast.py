@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anellm import sim_cost
+from anellm.activation_checkpoint import saved_layers
 from anellm.ane import memory_bytes
 from anellm.config import ModelConfig
 from anellm.device import AneOptions
 from anellm.errors import ConfigError
 from anellm.mil import ane_programs
 from anellm.model import Model, _c_config, memory
-from anellm.pipeline import CompileBudget, plan, saved_layers
+from anellm.pipeline import CompileBudget, plan
 from anellm.pipeline_forecast import (
     Workload,
     compile_ms,
@@ -54,12 +55,13 @@ def load(
 
 @pytest.mark.parametrize("config", [TINY, GQA, ModelConfig.from_preset("stories15m")])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 33), (64, 96)])
-def test_with_one_group_and_all_kept_it_is_the_memory_of_the_model(config: ModelConfig, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("policy", ["all", "boundary", "sqrt", "every:2", "every:9", "none"])
+def test_with_one_group_it_is_the_memory_of_the_model(config: ModelConfig, shape: tuple[int, int], policy: str) -> None:
     """(64, 96) with 32,000 ids: logits are not all kept."""
-    rows = memory_forecast(load(config, shape=shape))
-    own = memory(config, *shape, training=True)
+    rows = memory_forecast(load(config, policy, shape=shape))
+    own = memory(config, *shape, training=True, activation_checkpoint=policy)
     assert sum(rows[name] for name in OWN) == own.total_bytes
-    assert rows["activations kept for backward"] + rows["classifier"] == own.activations_bytes
+    assert sum(rows[name] for name in OWN[3:8]) == own.activations_bytes
     assert all(value >= 0 for value in rows.values())
 
 
@@ -85,13 +87,10 @@ def test_keeping_all_in_two_groups_holds_the_first_for_every_micro_batch() -> No
 def test_policies_of_one_group_from_most_to_least() -> None:
     """Of 22 layers, an input is about a twelfth of the activations."""
     config = TINY.replace(n_layers=22)
-    kept = {policy: sum(memory_forecast(load(config, policy, 1000)).values()) for policy in
-            ("all", "every:11", "sqrt", "boundary", "none")}  # fmt: skip
-    assert kept["all"] > kept["every:11"] > kept["sqrt"] > kept["boundary"]
-    assert kept["none"] - kept["all"] == 2 * 64 * 128 * 4  # nothing is saved at the peak: and an input more
-    stride, stream = layer_bytes(config, 2, 64), 2 * 64 * 128 * 4
-    assert kept["all"] - kept["sqrt"] == (22 - 4) * stride - 6 * stream
-    assert kept["all"] - kept["boundary"] == 21 * stride - 22 * stream
+    policies = ("all", "every:11", "sqrt", "boundary", "none")
+    kept = [sum(memory_forecast(load(config, policy, 1000)).values()) for policy in policies]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 5
 
 
 @given(st.integers(1, 9), st.sampled_from(["all", "boundary", "sqrt", "none", "every:3"]), st.integers(7, 60),

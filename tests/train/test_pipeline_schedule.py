@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -182,6 +183,13 @@ def test_a_state_of_another_plan_is_refused(values: tuple[int, ...], message: st
         two_groups().read(values)
     with pytest.raises(DataError):
         next(two_groups().trace(9, values))  # type: ignore[arg-type]
+
+
+def test_a_group_that_no_process_could_compile_is_refused() -> None:
+    """Instead of restarting for ever."""
+    found = dataclasses.replace(plan(TINY), budget=CompileBudget(26))
+    with pytest.raises(ConfigError, match="groups: expected at most 23 programs in each, found 24"):
+        Schedule(found, 1)
 
 
 @pytest.mark.parametrize("accumulation", [0, -1, 1.0, True, "2"])
