@@ -102,6 +102,8 @@ def named_device(name: str) -> str:
 def resolve_device(name: str) -> str:
     """Return the device that a name stands for: "auto" takes ANELLM_DEVICE, and else the CPU.
 
+    The verbs ``train`` and ``evaluate`` ask anellm.ane_auto before: making a model starts no self-test.
+
     Raises:
         InvalidError: when there is no device of that name.
         UnavailableError: when it cannot be used on this machine; says why.
