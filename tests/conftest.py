@@ -19,6 +19,12 @@ settings.register_profile(
 settings.load_profile("anellm")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what tests find out of the user's cache folder."""
+    os.environ["ANELLM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Return the folder of reference data that is not shipped with the project, or skip."""

@@ -69,8 +69,7 @@ struct anellm_step {
     int64_t B, T;                             /* N = B * T */
     const float *rope_cos, *rope_sin;         /* (T, head_dim / 2) */
     const struct anellm_workspace *workspace;
-    int64_t layer;                            /* of the attention or mlp block */
-    int64_t pass_start;                       /* the layer that forward starts at: 0, or the first of a range */
+    int64_t layer;                            /* of the attention or mlp block; forward starts at 0, or at a group's */
     int training;                             /* forward: backward will follow */
     int accumulate;                           /* backward: add to the gradients of matrices */
     int dtype;                                /* of enum anellm_dtype: what matrix products round their inputs to */

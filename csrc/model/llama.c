@@ -297,7 +297,6 @@ static int recompute(const anellm_model *model, struct anellm_step *step, const 
 /* The taps' first layer has its input; out gets what comes out of layer last - 1. */
 static int forward_layers(const anellm_model *model, struct anellm_step *step, const struct plan *plan, int64_t last,
                           float *out) {
-    step->pass_start = plan->first;
     for (int64_t layer = plan->first; layer < last; ++layer)
         ANELLM_TRY(layer_forward(model, step, plan, layer, layer + 1 < last ? NULL : out));
     return ANELLM_OK;
@@ -377,7 +376,6 @@ static int backward_layers(const anellm_model *model, struct anellm_step *step, 
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
     float *grads = anellm_model_section(model, ANELLM_SECTION_GRADS);
     const int64_t first = plan->first, newest = last - 1 - first;
-    step->pass_start = first;
     /* Forward has left the taps of the last segment, or of its last layer. */
     int64_t there = first + (plan->n_slots < plan->interval ? newest : newest / plan->interval * plan->interval);
     for (int64_t layer = last - 1; layer >= first; --layer) {

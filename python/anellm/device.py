@@ -18,6 +18,7 @@ MAX_THREADS = 256
 NUMERICS = ("exact", "fast")
 SOFTMAX = ("ane", "cpu")
 FALLBACK = ("cpu", "error")
+MODES = ("dynamic", "static")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class AneOptions:
         softmax: where attention's softmax and its causal mask are computed: "ane" or "cpu".
         fallback: what to do when a program is refused: "cpu" lets the CPU compute its part of the blocks, with a
             FallbackWarning; "error" raises a CompileError.
+        mode: "dynamic": weights are inputs of programs that are compiled once; "static": each layer has programs with its
+            weights in them, which are compiled again when the weights have changed. Not with softmax="cpu".
+        compile_budget: programs that may be compiled in this process; more is an UnsupportedError. 0: no limit of ours.
 
     Raises:
         InvalidError: naming the field, what was expected and what was found.
@@ -43,16 +47,24 @@ class AneOptions:
     scaling: bool = True
     softmax: str = "ane"
     fallback: str = "cpu"
+    mode: str = "dynamic"
+    compile_budget: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.chip, str) or not self.chip or "\0" in self.chip:
             raise InvalidError(f"chip: expected a name or the path of a .json file, found {self.chip!r}")
-        for name, known in (("numerics", NUMERICS), ("softmax", SOFTMAX), ("fallback", FALLBACK)):
+        choices = ("numerics", NUMERICS), ("softmax", SOFTMAX), ("fallback", FALLBACK), ("mode", MODES)
+        for name, known in choices:
             value = getattr(self, name)
             if value not in known:
                 raise InvalidError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
         if not isinstance(self.scaling, bool):
             raise InvalidError(f"scaling: expected true or false, found {self.scaling!r}")
+        if self.mode == "static" and self.softmax == "cpu":
+            raise InvalidError('softmax: expected "ane" with mode "static", found "cpu": there are no programs for it')
+        budget = self.compile_budget
+        if not isinstance(budget, int) or isinstance(budget, bool) or not 0 <= budget < 2**31:
+            raise InvalidError(f"compile_budget: expected a number from 0 on, found {budget!r}")
 
 
 def no_ane_platform() -> str | None:
@@ -101,6 +113,8 @@ def named_device(name: str) -> str:
 
 def resolve_device(name: str) -> str:
     """Return the device that a name stands for: "auto" takes ANELLM_DEVICE, and else the CPU.
+
+    The verbs ``train`` and ``evaluate`` ask anellm.ane_auto before: making a model starts no self-test.
 
     Raises:
         InvalidError: when there is no device of that name.

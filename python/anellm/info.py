@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from anellm import ane_auto
 from anellm._ffi import lib, text
 from anellm.cli import Result, Verb
 from anellm.device import AneOptions, named_device, resolve_device, set_threads, why_no_ane
@@ -61,11 +62,15 @@ def collect(threads: int, device: str = "auto") -> dict[str, Any]:
         threads: size of the thread pool.
         device: what is asked for, by a flag or the environment.
     """
+    auto = ane_auto.choose(test=False)
+    asked = device != "auto" or bool(os.environ.get("ANELLM_DEVICE", "").strip())
     return {
         "anellm": text(lib.anellm_version()),
-        "device": named_device(device),
+        "device": named_device(device) if asked else auto.device,
         # The reason why not, or null where it can be used.
         "devices": {"cpu": None, "ane": why_no_ane(), "ane-sim": None},
+        # What --device auto takes, by what is known; nothing is tested here.
+        "auto": auto._asdict(),
         "cpu_variant": text(lib.anellm_cpu_variant()),
         "cpu_variants": _names(text(lib.anellm_cpu_variants())),
         "cpu_features": _names(text(lib.anellm_cpu_features())),
@@ -95,6 +100,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("anellm", found["anellm"]),
         ("device", found["device"]),
         ("ane", "not available: " + why if (why := found["devices"]["ane"]) else "available"),
+        ("auto", f"{found['auto']['device']}: {found['auto']['why']}"),
         ("cpu variant", f"{found['cpu_variant']} (of {', '.join(found['cpu_variants'])})"),
         ("cpu features", ", ".join(found["cpu_features"]) or "none that anellm uses"),
         ("threads", f"{found['threads']} (of {found['cpus']} CPUs)"),
@@ -121,6 +127,8 @@ def _selftest(config: InfoConfig, found: dict[str, Any]) -> Result:
     options = AneOptions() if config.chip is None else AneOptions(chip=config.chip)
     rows, values = ane_selftest.selftest(ane.AneDevice(device, options), ane_selftest.SIZES)
     values["selftest"]["info"] = found
+    if device == "ane":
+        ane_auto.keep(ane_auto.identity(), ane_auto.judge(rows))
     if config.json:
         print(f"{config.json}: a chip for the simulator: anellm sim cost --preset stories110m --chip {config.json}")
     return Result(values, 0 if all(row.state == "ok" for row in rows) else DeviceError.exit_code)

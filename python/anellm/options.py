@@ -286,7 +286,13 @@ def describe(item: OptionField) -> str:
 class CommonOptions:
     """The options that every verb with a model has; a verb's config dataclass inherits them."""
 
-    device: str = option("auto", "what computes; environment: ANELLM_DEVICE", choices=DEVICES, group="machine")
+    device: str = option(
+        "auto",
+        "what computes; auto: in train and evaluate the Neural Engine once its self-test has passed, else the CPU; "
+        "environment: ANELLM_DEVICE",
+        choices=DEVICES,
+        group="machine",
+    )
     threads: int = option(
         0,
         "CPU threads; 0: all this process may use; environment: ANELLM_THREADS, else OMP_NUM_THREADS",

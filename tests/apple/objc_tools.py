@@ -29,6 +29,7 @@ def environment(built: Path, tmp: Path, **more: str) -> dict[str, str]:
         "ANELLM_ANE_DEVICE": str(built / "libane_device.so"),
         "ANELLM_ANE_FRAMEWORK": str(built / "libAppleNeuralEngine.so"),
         "ANELLM_ANE_BACKOFF": "0.05",
+        "ANELLM_CACHE_DIR": f"{tmp}-cache",
         "TMP": str(tmp),
     } | more  # fmt: skip
 

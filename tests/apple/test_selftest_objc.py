@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from objc_tools import environment, left_in, run_python
@@ -57,3 +59,30 @@ def test_the_selftest(built: Path, tmp_path: Path) -> None:
         assert "14 programs: 13 ok, 0 wrong, 1 refused" in lines
         assert lines[-1] == "exit code 5"
     assert left_in(tmp) == []
+
+
+def test_auto(built: Path, tmp_path: Path) -> None:
+    """A self-test in a process of its own, then training; an old system and a crash leave it to the CPU."""
+    size = ["--preset", "stories260k", "--steps", "1", "--batch-size", "1", "--seq-len", "32", "--eval-interval", "0"]
+
+    def auto(name: str, **more: str) -> tuple[str, str]:
+        env = environment(built, tmp_path / "tmp", **more) | {"ANELLM_CACHE_DIR": str(tmp_path / "cache" / name)}
+        command = [sys.executable, "-m", "anellm.train", *size, "--out", str(tmp_path / f"{name}-run")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        chosen = [line for line in done.stdout.splitlines() if line.startswith(("auto", "device"))]
+        assert len(chosen) == 3
+        assert len(list((tmp_path / "cache" / name).iterdir())) == 1
+        return chosen[1], chosen[2]
+
+    passed, device = auto("good")
+    assert re.fullmatch("auto    ane: the Neural Engine's self-test passed on .*", passed)
+    assert device.startswith("device  ane (")
+    assert left_in(tmp_path / "tmp") == []
+    old, device = auto("old", SHIM_MACOS="14.7.1")
+    assert "self-test failed on" in old
+    assert "need macOS 15 or newer, on macOS 14.7.1" in old
+    assert device.startswith("device  cpu (")
+    crashed, device = auto("crash", ANELLM_ANE_QOS="9")
+    assert "was ended by SIGABRT in program attn_fwd: fake framework: contract violated: " in crashed
+    assert device.startswith("device  cpu (")
