@@ -230,6 +230,8 @@ int anellm_model_sync(anellm_model *model);
 int anellm_stage_begin(anellm_model *model, int64_t B, int64_t T, int64_t n_micro, const int32_t *starts,
                        int64_t n_groups, int fd, int64_t offset);
 void anellm_stage_end(anellm_model *model);
+/* on != 0: a forward that is not for training computes on the CPU, whatever the model is attached to. */
+int anellm_model_infer_on_cpu(anellm_model *model, int on);
 /* Tokens and targets (B*T) of a micro-batch; it begins anew. */
 int anellm_stage_batch(anellm_model *model, int64_t micro, const int32_t *tokens, const int32_t *targets);
 /* Take a micro-batch through the group of layers first to last - 1; behind the last layer is its loss. It may be

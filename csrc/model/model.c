@@ -324,9 +324,24 @@ int anellm_model_forward(anellm_model *model, double *loss, int64_t *n_targets, 
     ANELLM_REQUIRE(targets != NULL || (loss == NULL && n_targets == NULL && token_losses == NULL),
                    "a loss is asked for, but targets is NULL");
     ANELLM_TRY(anellm_model_take(model, __func__));
+    const struct anellm_backend *backend = model->backend;
+    void *state = model->backend_state;
+    if (!training && model->infer_on_cpu) {
+        model->backend = &anellm_backend_cpu;
+        model->backend_state = NULL;
+    }
     const int status = forward(model, loss, n_targets, token_losses, logits, tokens, targets, B, T, training != 0);
+    model->backend = backend;
+    model->backend_state = state;
     anellm_model_release(model);
     return status;
+}
+
+int anellm_model_infer_on_cpu(anellm_model *model, int on) {
+    ANELLM_TRY(anellm_model_take(model, __func__));
+    model->infer_on_cpu = on != 0;
+    anellm_model_release(model);
+    return ANELLM_OK;
 }
 
 int anellm_model_backward(anellm_model *model, double scale, int accumulate) {

@@ -59,6 +59,7 @@ struct anellm_model {
     int dtype;                       /* of enum anellm_dtype */
     int checkpoint;                  /* of anellm_model_set_checkpoint */
     struct anellm_stages stages;
+    int infer_on_cpu;                /* of anellm_model_infer_on_cpu */
     int backward_ready;              /* the activations are those of a training forward, not yet consumed */
     atomic_int busy;
 };

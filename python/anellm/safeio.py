@@ -316,6 +316,34 @@ class Lock:
             self.close()
             raise
 
+    @classmethod
+    def adopt(cls, path: Path, fd: int) -> Lock:
+        """Return a lock that this process had before it was replaced by exec().
+
+        Args:
+            path: the lock file.
+            fd: what hand_over() gave.
+
+        Raises:
+            BusyError: when the descriptor is not that of the lock, or does not hold it.
+        """
+        try:
+            ours, file = os.fstat(fd), path.lstat()
+            if (ours.st_dev, ours.st_ino) != (file.st_dev, file.st_ino):
+                raise BusyError(f"{path}: expected descriptor {fd} to be this lock, found another file")
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(f"{path}: expected descriptor {fd} to hold this lock: {error.strerror or error}") from None
+        os.set_inheritable(fd, False)
+        lock = cls.__new__(cls)
+        lock._fd = fd
+        return lock
+
+    def hand_over(self) -> int:
+        """Return the descriptor, which from now on outlives exec()."""
+        os.set_inheritable(self._fd, True)
+        return self._fd
+
     def close(self) -> None:
         """Free the lock; calling it again does nothing."""
         fd, self._fd = self._fd, -1

@@ -73,6 +73,11 @@ def sync(model: Model) -> None:
     check(lib.anellm_model_sync(model._pointer))
 
 
+def infer_on_cpu(model: Model, on: bool = True) -> None:  # noqa: FBT001, FBT002
+    """Let forward() without training compute on the CPU, so that it compiles nothing."""
+    check(lib.anellm_model_infer_on_cpu(model._pointer, int(on)))
+
+
 class Stages:
     """Take micro-batches through groups of layers, forward and back, one group at a time.
 
@@ -106,7 +111,12 @@ class Stages:
         pointer = ptr(groups, np.int32)
         check(lib.anellm_stage_begin(model._pointer, batch_size, seq_len, n_micro, pointer, len(groups), fd, offset))
 
-    def _group(self, group: int) -> tuple[int, int]:
+    def layers(self, group: int) -> tuple[int, int]:
+        """Return the first layer of a group, and the one behind its last.
+
+        Raises:
+            InvalidError: when there is no such group.
+        """
         if not 0 <= group < len(self.starts):
             raise InvalidError(f"group: expected 0 to {len(self.starts) - 1}, found {group}")
         return self.starts[group], self._ends[group]
@@ -133,7 +143,11 @@ class Stages:
         Raises:
             InvalidError: when it has not come to that group.
         """
-        check(lib.anellm_stage_forward(self.model._pointer, micro, *self._group(group)))
+        try:
+            check(lib.anellm_stage_forward(self.model._pointer, micro, *self.layers(group)))
+        finally:
+            if self.model.ane is not None:
+                self.model.ane.note_refusals()
 
     def backward(self, micro: int, group: int, scale: float = 1.0, *, accumulate: bool = False) -> None:
         """Take a micro-batch back through a group: gradients of scale * its loss.
@@ -141,7 +155,7 @@ class Stages:
         Raises:
             InvalidError: when it has not come back to that group, or another one goes before.
         """
-        check(lib.anellm_stage_backward(self.model._pointer, micro, *self._group(group), scale, int(accumulate)))
+        check(lib.anellm_stage_backward(self.model._pointer, micro, *self.layers(group), scale, int(accumulate)))
 
     def loss(self, micro: int) -> float:
         """Return the loss of a micro-batch, in nats a token.

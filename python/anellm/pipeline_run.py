@@ -1,0 +1,316 @@
+"""A training run by a plan: each process compiles one group's programs at a time, and the state outlives it.
+
+docs/pipeline.md has the order of a step, what survives, and what happens after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from anellm import safeio
+from anellm.errors import CheckpointError, DeviceError, TornStateError
+from anellm.image import ChildImage, Handover, Image, LocalImage, Restart, new_nonce
+from anellm.pipeline import CompileBudget, plan
+from anellm.pipeline_schedule import Schedule, ScheduleState, in_new_process
+from anellm.stages import Stages, infer_on_cpu, share, sync
+from anellm.state_file import DATA_OFFSET, Commit, StateFile, StateKey
+
+if TYPE_CHECKING:
+    from anellm.config import TrainConfig
+    from anellm.model import Model
+
+STATE_FILE: Final = "state.arena"
+MAX_IDLE: Final = 3  # images in a row that got nothing done: the next one is refused
+_KEYS: Final = {"run", "pipeline"}
+_OURS: Final = {"in_step": bool, "nonce": str, "restarts": int, "restart_seconds": float, "compiles": int}
+
+Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+Values = Callable[[], Mapping[str, Any]]
+
+
+def is_wanted(config: TrainConfig, model: Model) -> bool:
+    """Return whether a run goes by a plan: with static programs, or a budget of compilations."""
+    options = model.ane_options
+    return config.compile_budget is not None or (options is not None and options.mode == "static")
+
+
+class PipelineRun:
+    """Do a run's forward and backward by a plan, in as many processes as that takes.
+
+    Attributes:
+        plan: the groups, and what a process may compile.
+        image: number of this image in the run, from 1.
+        nonce: its name.
+        restarts: images that ended for want of compilations, so far in the run.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        folder: Path | None,
+        ids: np.ndarray[Any, Any] | None,
+        *,
+        handover: Handover | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Prepare; load() or the first gradients() make the state file.
+
+        Args:
+            model: the model; from now on only training computes on its device.
+            config: the resolved options.
+            folder: where the state file stands; None: a temporary folder.
+            ids: what the classifier is reduced to; None: it is not.
+            handover: what the image before this one left.
+            replace: a new image replaces this process, by raising Restart; else child processes compute.
+        """
+        budget = CompileBudget(*(v for v in (config.compile_budget,) if v is not None), headroom=config.compile_headroom)
+        self.plan = plan(model.config, budget)
+        self._schedule = Schedule(self.plan, config.gradient_accumulation_steps)
+        self._n_micro = config.gradient_accumulation_steps
+        shape = config.batch_size, int(config.seq_len or 0), self._n_micro
+        self._key = StateKey(model.config, *shape, self.plan.boundaries)
+        self._model, self._ids, self._handover, self._replace = model, ids, handover, replace
+        self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="anellm-")
+        self.path = (Path(self._temporary.name) if self._temporary is not None else Path(str(folder))) / STATE_FILE
+        self._file: StateFile | None = None
+        self._stages: Stages | None = None
+        self._worker: Image | None = None
+        self._state = ScheduleState()
+        self._in_step = False
+        self._idle = 1
+        self._start = time.perf_counter()
+        self._actions = 0
+        self.image, self.nonce = 1, new_nonce() if handover is None else handover.nonce
+        self.restarts, self._restart_seconds, self._compiles = 0, 0.0, 0
+        self._startup = 0.0
+        infer_on_cpu(model)
+        self._child: ChildImage | None = None
+
+    # ---- the state file ---------------------------------------------------------------------------------------------
+
+    def load(self, oldest: int) -> Mapping[str, Any] | None:
+        """Take over the state file, if there is one of the run; return the values that were stored with it.
+
+        Args:
+            oldest: the step of the newest checkpoint: an older state is of no use.
+
+        Raises:
+            TornStateError: when its process was stopped while it changed the state.
+            CheckpointError: when it is damaged, or not of this run.
+            DeviceError: when too many images in a row got nothing done.
+        """
+        if not os.path.lexists(self.path):
+            if self._handover is not None:
+                raise CheckpointError(f"{self.path}: expected the state of image {self.nonce}, found nothing")
+            return None
+        file = StateFile.open(self.path, self._key)
+        try:
+            commit = file.commit
+            values = self._read(commit)
+            if self._state.step < oldest:
+                file.close()
+                return None
+            if commit.idle_images >= MAX_IDLE:
+                raise DeviceError(
+                    f"{self.path}: {commit.idle_images} processes in a row got nothing done in step "
+                    f"{self._state.step + 1}, phase {self._state.phase}: not tried again, since what is compiled in "
+                    "vain can exhaust the system's compiler; without that file the run goes on from its last checkpoint"
+                )
+            self._attach(file, load=True)
+            self.image, self._idle = commit.images + 1, commit.idle_images + 1
+            if self._handover is not None:
+                self._startup = time.monotonic() - self._handover.began
+                self._restart_seconds += self._startup
+            self._commit(self._state, values)
+        except BaseException:
+            file.close()
+            raise
+        return values
+
+    def _read(self, commit: Commit) -> Mapping[str, Any]:
+        """Take over what a commit says about the plan; return what it says about the run."""
+        where = f"{self.path}: values"
+        if commit.values.keys() != _KEYS:
+            raise CheckpointError(f"{where}: expected the keys {', '.join(sorted(_KEYS))}")
+        ours, values = commit.values["pipeline"], commit.values["run"]
+        if not isinstance(ours, dict) or ours.keys() != _OURS.keys() or not isinstance(values, dict):
+            raise CheckpointError(f"{where}: pipeline: expected the keys {', '.join(_OURS)}")
+        for name, kind in _OURS.items():
+            found = ours[name]
+            if type(found) is not kind or (kind is not bool and kind is not str and not 0 <= found < 2**53):
+                raise CheckpointError(f"{where}: {name}: expected a {kind.__name__} from 0, found {found!r:.80}")
+        if self._handover is not None and ours["nonce"] != self._handover.nonce:
+            raise CheckpointError(f"{where}: nonce: expected {self._handover.nonce}, found {ours['nonce']!r:.80}")
+        try:
+            self._state = in_new_process(self._schedule.read(commit.words))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        self._in_step = ours["in_step"]
+        self.restarts, self._restart_seconds = ours["restarts"], ours["restart_seconds"]
+        self._compiles = ours["compiles"]
+        return values
+
+    def _attach(self, file: StateFile, *, load: bool) -> None:
+        """Let the file be the model's memory."""
+        share(self._model, file.fd, DATA_OFFSET, load=load)
+        key = self._key
+        self._stages = Stages(
+            self._model, key.batch_size, key.seq_len, key.n_micro, key.starts, file.fd, DATA_OFFSET
+        )
+        self._file = file
+        self._worker = self.child(file) if not self._replace else LocalImage(self._model, self._stages)
+
+    def child(self, file: StateFile | None = None) -> ChildImage:
+        """Return what computes beside this process."""
+        if self._child is None:
+            self._child = ChildImage(self._model, self._ids)
+        if file is not None:
+            self._child.file = file
+        return self._child
+
+    def _commit(self, state: ScheduleState, values: Mapping[str, Any], *, synced: bool = False) -> None:
+        if self._file is None:
+            return
+        self._state = state
+        ours = {
+            "in_step": self._in_step,
+            "nonce": self.nonce,
+            "restarts": self.restarts,
+            "restart_seconds": self._restart_seconds,
+            "compiles": self._compiles,
+        }
+        self._file.store(
+            Commit(0, tuple(state), self.image, self._idle, {"run": dict(values), "pipeline": ours}, synced)
+        )
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def gradients(self, step: int, batch: Callable[[int], Batch], scale: float, values: Values) -> list[float]:
+        """Compute the gradients of a step, or what is left of it; return the loss of each micro-batch.
+
+        Args:
+            step: steps that are done.
+            batch: returns a micro-batch's tokens and targets.
+            scale: multiplies the mean of the losses.
+            values: returns what the run needs to go on from here, JSON-serialisable.
+
+        Raises:
+            Restart: when this process is to be replaced; the state is on the disk.
+            CompileError, UnsupportedError, EvalError, NonFiniteError: from the device.
+            OSError: from the system, e.g. on a full disk.
+        """
+        if self._file is None:
+            self._state = ScheduleState(step)
+            first = {"run": {}, "pipeline": {}}
+            self._attach(StateFile.create(self.path, self._key, self._state, first), load=False)
+            self._commit(self._state, values())
+        file, stages, worker = self._file, self._stages, self._worker
+        assert file is not None and stages is not None and worker is not None  # noqa: S101, PT018  made together
+        if not self._in_step:
+            file.begin_work()
+            for micro in range(self._n_micro):
+                stages.batch(micro, *batch(micro))
+            self._in_step = True
+            self._commit(self._state, values())
+        while (action := self._schedule.action(self._state)).kind != "update":
+            after = self._schedule.after(self._state)
+            if action.kind == "restart":
+                self._restart(worker, after, values)
+                continue
+            if action.kind == "backward":  # what goes forward can be done again
+                file.begin_work()
+            worker.perform(action, scale / self._n_micro)
+            if action.kind == "compile":
+                self._compiles += after.compiles - self._state.compiles
+            else:
+                self._idle = 0
+            self._actions += 1
+            self._commit(after, values())
+        return [stages.loss(micro) for micro in range(self._n_micro)]
+
+    def begin_update(self) -> None:
+        """Say that weights and moments are about to be changed."""
+        if self._file is not None:
+            self._file.begin_work()
+
+    def end_step(self, values: Mapping[str, Any]) -> None:
+        """Say that a step is done, or was skipped, with all that comes behind it."""
+        self._in_step = False
+        self._commit(ScheduleState(self._state.step + 1, compiles=self._state.compiles), values)
+
+    def _restart(self, worker: Image, after: ScheduleState, values: Values) -> None:
+        """Go on in a new image."""
+        self.restarts += 1
+        try:
+            worker.restart()
+        except Restart as restart:
+            self.on_image_end()
+            self.nonce, ended = restart.nonce, self.nonce
+            sync(self._model)
+            self._commit(after, values(), synced=True)
+            self.nonce = ended
+            raise
+        self.on_image_end()
+        self.image, self.nonce = self.image + 1, new_nonce()
+        self._start, self._actions = time.perf_counter(), 0
+        self._commit(after, values())
+
+    # ---- reports ----------------------------------------------------------------------------------------------------
+
+    on_image_end: Callable[[], None] = staticmethod(lambda: None)  # called when an image is about to end
+
+    def record(self) -> dict[str, Any]:
+        """Return what metrics.jsonl says about this image at its end."""
+        return {
+            "image": self.image,
+            "nonce": self.nonce,
+            "actions": self._actions,
+            "compiles": self._state.compiles,
+            "seconds": time.perf_counter() - self._start,
+            "startup_seconds": self._startup,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the run's summary says about its images."""
+        return {
+            "images": self.image,
+            "restarts": self.restarts,
+            "restart_seconds": self._restart_seconds,
+            "compiles": self._compiles,
+            "groups": len(self.plan.groups),
+        }
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def close(self, *, done: bool = False) -> None:
+        """Let go of the file and of what computes.
+
+        Args:
+            done: a checkpoint holds the state: the file is removed.
+        """
+        if self._worker is not None:
+            self._worker.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if done and os.path.lexists(self.path):
+            self.path.unlink()
+            safeio.fsync_dir(self.path.parent)
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                self._temporary.cleanup()
+
+
+def is_time(value: object) -> bool:
+    """Return whether a stored value is a time in seconds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
