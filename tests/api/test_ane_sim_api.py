@@ -342,7 +342,10 @@ def test_a_trainer_takes_the_device() -> None:
         ({"numerics": "fast", "device": "ane"}, "--numerics: only for --device ane-sim, found --device ane"),
         ({"ane_scaling": "off"}, "--ane-scaling: only for --device ane or ane-sim, found --device cpu"),
         ({"ane_softmax": "cpu"}, "--ane-softmax: only for --device ane or ane-sim, found --device cpu"),
-        ({"ane_fallback": "cpu", "ane_mode": "dynamic"}, "--ane-fallback: only for --device ane or ane-sim, found --device cpu"),
+        (
+            {"ane_fallback": "cpu", "ane_mode": "dynamic"},
+            "--ane-fallback: only for --device ane or ane-sim, found --device cpu",
+        ),
         ({"ane_softmax": "gpu", "device": "ane-sim"}, "ane_softmax: expected one of ane, cpu, found 'gpu'"),
         ({"ane_scaling": "maybe", "device": "ane-sim"}, "ane_scaling: expected one of on, off, found 'maybe'"),
         ({"numerics": "x", "device": "ane-sim"}, "numerics: expected one of exact, fast, found 'x'"),

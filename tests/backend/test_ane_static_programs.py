@@ -56,7 +56,7 @@ def check(batch: Batch, simulator: Simulator) -> None:
     for name, program in programs(batch, values).items():
         found, compiled = evaluate(simulator, program, values, batch)
         assert_close(name, found, program_outputs(program, values, batch))
-        findings = compiled.findings() if batch.T == batch.Tp else []  # products with padding are exactly 0 (Q43)
+        findings = compiled.findings() if batch.Tp == batch.T else []  # products with padding are exactly 0 (Q43)
         assert findings == []
 
 
@@ -73,7 +73,7 @@ def test_programs_of_stories110m(mac: str) -> None:
 
 @pytest.mark.parametrize("absmax", [1e-1, 1e-5, 1e-8])
 def test_gradients_of_any_size_with_an_exponent(absmax: float) -> None:
-    """In go d 2^e with the largest in [8, 16), out come gradients times 2^e; the second half takes them from the first."""
+    """In go d 2^e with the largest in [8, 16), out come gradients times 2^e; the second half takes the first's."""
     batch, simulator = CASES["gqa-norm"], Simulator("m4", numerics="exact")
     values = make_values(batch)
     forward = attention_forward(values, batch)
@@ -128,7 +128,9 @@ def test_programs_compile_on_every_chip(shape: tuple[str, int, int]) -> None:
 def test_flops_are_those_of_the_dynamic_programs() -> None:
     c = ModelConfig.from_preset("stories110m")
     flops = {
-        mode: sum(p.flops for p in ane_programs(c, 1, 256, mode=mode) if p.used(training=True, softmax="ane", mode=mode))
+        mode: sum(
+            p.flops for p in ane_programs(c, 1, 256, mode=mode) if p.used(training=True, softmax="ane", mode=mode)
+        )
         for mode in ("dynamic", "static")
     }
     assert flops["static"] == flops["dynamic"]
@@ -160,12 +162,21 @@ def test_weights_are_constants_and_nothing_else_is_an_input() -> None:
         bake(programs(batch, values)["attn_fwd_static"].files, {**matrices(values, batch), "wo": np.zeros((2, 2))})
 
 
+CONV = "the input channels of a convolution [(]Q04[)],"
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((64, 32000, 4, 4, 16), "hidden_dim, the input channels of a convolution [(]Q04[)], is 32000; no chip takes more"),
+        (
+            (64, 32000, 4, 4, 16),
+            "hidden_dim, the input channels of a convolution [(]Q04[)], is 32000; no chip takes more",
+        ),
         ((32000, 64, 4, 4, 16), "dim, the input channels of a convolution [(]Q04[)], is 32000"),
-        ((64, 64, 4, 4, 2700), "n_kv_heads[)] times head_dim, the input channels of a convolution [(]Q04[)], is 32400"),
+        (
+            (64, 64, 12, 12, 900),
+            "n_kv_heads[)] times head_dim, the input channels of a convolution [(]Q04[)], is 32400",
+        ),
         ((20000, 20000, 4, 4, 16), "bytes of its weights [(]Q60[)] is 2400000000"),
     ],
 )
