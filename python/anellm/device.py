@@ -34,8 +34,8 @@ class AneOptions:
         softmax: where attention's softmax and its causal mask are computed: "ane" or "cpu".
         fallback: what to do when a program is refused: "cpu" lets the CPU compute its part of the blocks, with a
             FallbackWarning; "error" raises a CompileError.
-        mode: "dynamic": weights are inputs of programs that are compiled once; "static": each layer has programs with its
-            weights in them, which are compiled again when the weights have changed. Not with softmax="cpu".
+        mode: "dynamic": weights are inputs of programs that are compiled once; "static": each layer has programs with
+            its weights in them, which are compiled again when the weights have changed. Not with softmax="cpu".
         compile_budget: programs that may be compiled in this process; more is an UnsupportedError. 0: no limit of ours.
 
     Raises:

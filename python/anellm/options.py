@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from anellm.device import DEVICES, FALLBACK, MAX_THREADS, NUMERICS, SOFTMAX, AneOptions, named_device
+from anellm.device import DEVICES, FALLBACK, MAX_THREADS, MODES, NUMERICS, SOFTMAX, AneOptions, named_device
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -310,6 +310,7 @@ _DEVICE_OPTIONS = {
     "ane_scaling": ("ane", "ane-sim"),
     "ane_softmax": ("ane", "ane-sim"),
     "ane_fallback": ("ane", "ane-sim"),
+    "ane_mode": ("ane", "ane-sim"),
 }
 
 
@@ -345,6 +346,12 @@ class DeviceOptions(CommonOptions):
         choices=FALLBACK,
         group="machine",
     )
+    ane_mode: str | None = option(
+        None,
+        "ANE devices take weights as inputs, or compile them into programs of each layer [dynamic]",
+        choices=MODES,
+        group="machine",
+    )
 
     def __post_init__(self) -> None:
         device = named_device(self.device)
@@ -355,6 +362,8 @@ class DeviceOptions(CommonOptions):
                 )
         if self.chip == "":
             raise ConfigError("--chip: expected a name or a path, found nothing")
+        if self.ane_mode == "static" and self.ane_softmax == "cpu":
+            raise ConfigError("--ane-softmax: expected ane with --ane-mode static, found cpu")
 
     def _given(self) -> dict[str, Any]:
         """Return the fields of AneOptions that are given."""
@@ -365,6 +374,7 @@ class DeviceOptions(CommonOptions):
             "scaling": scaling,
             "softmax": self.ane_softmax,
             "fallback": self.ane_fallback,
+            "mode": self.ane_mode,
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -392,6 +402,7 @@ class DeviceOptions(CommonOptions):
             "ane_scaling": "on" if options.scaling else "off",
             "ane_softmax": options.softmax,
             "ane_fallback": options.fallback,
+            "ane_mode": options.mode,
         }
         values |= dict.fromkeys(unused_device_options(device))
         return dataclasses.replace(self, device=device, **values)

@@ -33,8 +33,11 @@ DATA = json.loads((ROOT / "python" / "anellm" / "data" / "steps.json").read_text
 TINY = ModelConfig.from_preset("tiny")
 
 
-def used(config: ModelConfig, batch_size: int, seq_len: int, softmax: str = "ane") -> list[AneProgram]:
-    return [p for p in ane_programs(config, batch_size, seq_len) if p.used(training=True, softmax=softmax)]
+def used(
+    config: ModelConfig, batch_size: int, seq_len: int, softmax: str = "ane", mode: str = "dynamic"
+) -> list[AneProgram]:
+    found = ane_programs(config, batch_size, seq_len, mode=mode)
+    return [p for p in found if p.used(training=True, softmax=softmax, mode=mode)]
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------
@@ -104,10 +107,25 @@ def test_recipes_differ_as_they_should() -> None:
     pipelined = tiny_step(dataclasses.replace(plain, pipelined=True))
     assert pipelined.ms == pytest.approx(before.ms - min(before.forward, before.products + before.passes))
     assert tiny_step(dataclasses.replace(plain, accumulation=1)).passes > before.passes
-    constant = tiny_step(dataclasses.replace(plain, constant_weights=True))
-    assert constant.forward < before.forward
-    assert constant.passes < before.passes  # weights are not staged
+    assert before.compiling == 0.0
     assert tiny_step(Recipe(TINY.vocab_size // 2)).products == pytest.approx(before.products / 2)
+
+
+def test_constant_weights_stream_and_are_compiled() -> None:
+    """Products of static programs are convolutions; only what has weights is compiled again, for each update."""
+    config = ModelConfig.from_preset("stories15m")
+    rows, recipe = 256, Recipe(config.vocab_size)
+    dynamic, static = (used(config, 1, rows, mode=mode) for mode in ("dynamic", "static"))
+    before = step(config, dynamic, rows, machine("m4"), recipe, 10.0)
+    after = step(config, static, rows, machine("m4"), recipe, 10.0)
+    assert after.forward < before.forward
+    assert after.backward < before.backward
+    assert (before.compiling, after.compiling) == (0.0, 0.0)
+    counted = step(config, static, rows, machine("m4"), dataclasses.replace(recipe, recompiled=True), 10.0)
+    costs = load_chip("m4").constants
+    each = costs["compile_ms"] + costs["load_ms"] + costs["unload_ms"]
+    assert counted.compiling == pytest.approx(5 * config.n_layers * each / 10)
+    assert counted.ms == pytest.approx(after.ms + counted.compiling)
 
 
 def test_softmax_on_the_cpu_costs_passes_and_dispatches() -> None:

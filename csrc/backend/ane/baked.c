@@ -15,11 +15,9 @@ int anellm_ane_make_request(anellm_ane_program *handle, anellm_ane_request **req
 }
 
 void anellm_ane_release(struct anellm_ane_engine *engine, struct anellm_ane_own *own) {
-    const float result = own->result;
     anellm_ane_request_free(own->request);
     anellm_ane_unbuild(engine, own->handle);
     memset(own, 0, sizeof *own);
-    own->result = result;
 }
 
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
@@ -58,7 +56,6 @@ static int scale_weights(struct anellm_ane_engine *engine, struct anellm_ane_own
     const struct anellm_ane_place place = {id, ANELLM_ANE_IN, layer, file};
     own->absmax = anellm_ane_largest(m->w, m->rows * m->columns);
     if (!(own->absmax <= ANELLM_ANE_HALF_MAX)) return anellm_ane_too_large(&place, own->absmax);
-    (void)anellm_ane_scale_raise(scale, own->result); /* now, since it costs no compile of its own */
     if (!anellm_ane_scale_fits(scale, boundary, own->absmax)) {
         anellm_ane_scale_choose(scale, boundary, own->absmax);
         engine->stats.rescales++;

@@ -43,7 +43,6 @@ struct anellm_ane_own {
     int64_t weights;            /* of which generation */
     int32_t exponent;           /* of the matrix that is scaled, */
     float absmax;               /* and its size */
-    float result;               /* max |y| of its last evaluation */
 };
 
 struct anellm_ane_program_state {

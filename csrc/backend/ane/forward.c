@@ -17,7 +17,7 @@ static int put_input(struct anellm_ane_engine *engine, const struct anellm_ane_p
 }
 
 /* One program that ends in y: out (N, dim) = residual + y. y comes times the power of two that its last matrix was
- * staged with; when it overflows, the matrix is staged smaller and the evaluation repeated, once. */
+ * staged (or baked) with; when it overflows, the matrix is staged smaller and the evaluation repeated, once. */
 struct tail {
     int id, boundary;
     int64_t layer;
@@ -37,11 +37,8 @@ static int evaluate_tail(struct anellm_ane_engine *engine, const struct tail *t,
         memcpy(t->out, t->residual, (size_t)(N * dim) * sizeof(float));
         ANELLM_TRY(anellm_ane_get(engine, t->out, dim, &y, engine->options.scaling ? -scale->exponent : 0, 1, &n_inf));
         if (n_inf == 0) {
-            if (anellm_ane_is_static(engine)) { /* raised when it is compiled next */
-                engine->set->programs[t->id].own[t->layer].result = engine->result;
-            } else {
-                engine->generation += anellm_ane_scale_raise(scale, engine->result);
-            }
+            /* Baked, it stays low: each way costs a compile, and a run must not depend on when it was restarted. */
+            if (!anellm_ane_is_static(engine)) engine->generation += anellm_ane_scale_raise(scale, engine->result);
             return ANELLM_OK;
         }
         if (attempt > 0 || !engine->options.scaling || !anellm_ane_scale_lower(scale))

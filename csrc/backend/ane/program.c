@@ -137,7 +137,7 @@ static int check_shape(const struct anellm_ane_shape *shape) {
     return ANELLM_OK;
 }
 
-/* Everything that one of the programs of that mode (both: < 0) has as a channel, a height, a width or a sum. */
+/* Everything that one of the programs of that mode (-1: of both) has as a channel, a height, a width or a sum. */
 static int check_limits(const char *name, const struct ane_dims *d, int mode) {
     /* first each factor, so that no product overflows */
     ANELLM_TRY(check_extent(name, "the batch size", d->B, MAX_EXTENT));
@@ -163,8 +163,7 @@ static int check_limits(const char *name, const struct ane_dims *d, int mode) {
          ANELLM_ANE_STATIC},
     };
     for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++) {
-        if (limits[i].mode >= 0 && mode >= 0 && limits[i].mode != mode) continue;
-        if (mode < 0 && limits[i].mode == ANELLM_ANE_STATIC) continue;
+        if (limits[i].mode >= 0 && limits[i].mode != mode) continue;
         ANELLM_TRY(check_extent(name, limits[i].what, limits[i].value, limits[i].most));
     }
     return ANELLM_OK;
