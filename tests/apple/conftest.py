@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from objc_tools import PACKAGES, build
+from zig_tools import NO_ZIG, build_wheel, has_zig
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: {PACKAGES}")
     return build(tmp_path_factory.mktemp("objc"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the macOS wheel, built once for all that look at it."""
+    if not has_zig():
+        pytest.skip(NO_ZIG)
+    return build_wheel(tmp_path_factory.mktemp("wheel"))

@@ -48,7 +48,7 @@ static int error_to_macos(int error) {
 static int error_to_linux(int error) {
     for (int i = 0; i < LENGTH(errors); i++)
         if (errors[i].macos == error) return errors[i].here;
-    return error >= 0 && error <= ERANGE ? error : INT_MAX; /* of which strerror() says that it is unknown */
+    return error >= 0 && error <= ERANGE ? error : -1;
 }
 
 /* The image's errno, one a thread, is not glibc's: the numbers differ, and a mathematical function of macOS sets none. */
@@ -67,13 +67,19 @@ static int *macos_error(void) { return &macos_errno; }
         result;                                                                                                        \
     })
 
-static char *macos_strerror(int error) { return strerror(error_to_linux(error)); }
+static char *macos_strerror(int error) {
+    static __thread char unknown[32];
+    if (error_to_linux(error) >= 0) return strerror(error_to_linux(error));
+    snprintf(unknown, sizeof unknown, "Unknown error: %d", error);
+    return unknown;
+}
 
 /* ---- memory, numbers, text --------------------------------------------------------------------------------------- */
 
 static void *macos_malloc(size_t bytes) { return WITH_ERRNO(malloc(bytes)); }
 static void *macos_calloc(size_t n, size_t bytes) { return WITH_ERRNO(calloc(n, bytes)); }
-static void *macos_realloc(void *old, size_t bytes) { return WITH_ERRNO(realloc(old, bytes)); }
+/* To 0 bytes: an object of the least size there, here nothing is left. */
+static void *macos_realloc(void *old, size_t bytes) { return WITH_ERRNO(realloc(old, bytes > 0 ? bytes : 1)); }
 
 static void macos_memset_pattern16(void *out, const void *pattern, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 16) memcpy((char *)out + at, pattern, bytes - at < 16 ? bytes - at : 16);
@@ -143,6 +149,12 @@ static int macos_flock(int file, int operation) {
     return WITH_ERRNO(flock(file, operation)); /* the four bits are the same */
 }
 
+/* Read, write and execute are the same bits; nothing else is. */
+static int check_protection(const char *function, int protection) {
+    if ((protection & ~7) != 0) machorun_die("%s: protection %#x is not known", function, (unsigned)protection);
+    return protection;
+}
+
 static void *macos_mmap(void *address, size_t bytes, int protection, int flags, int file, long offset) {
     static const struct {
         int macos, here;
@@ -154,12 +166,12 @@ static void *macos_mmap(void *address, size_t bytes, int protection, int flags, 
         left &= ~known[i].macos;
     }
     if (left != 0) machorun_die("mmap: flags %#x are not known", (unsigned)left);
-    return WITH_ERRNO(mmap(address, bytes, protection & 7, translated, file, offset));
+    return WITH_ERRNO(mmap(address, bytes, check_protection("mmap", protection), translated, file, offset));
 }
 
 static int macos_munmap(void *address, size_t bytes) { return WITH_ERRNO(munmap(address, bytes)); }
 static int macos_mprotect(void *address, size_t bytes, int protection) {
-    return WITH_ERRNO(mprotect(address, bytes, protection & 7));
+    return WITH_ERRNO(mprotect(address, bytes, check_protection("mprotect", protection)));
 }
 
 static int macos_clock_gettime(int clock, struct timespec *time) {
@@ -393,6 +405,8 @@ static int macos_pthread_sigmask(int how, const uint32_t *set, uint32_t *old) {
 
 /* ---- what each import is ------------------------------------------------------------------------------------------ */
 
+extern char __memcpy_chk[], __memset_chk[]; /* in glibc, but not in its headers */
+
 #define LIBSYSTEM(symbol, target) {"libSystem.B.dylib", symbol, (void *)(target), BINDING_ADAPTED}
 #define THE_SAME(name) {"libSystem.B.dylib", "_" #name, (void *)(name), BINDING_SAME}
 #define ADAPTED(name) LIBSYSTEM("_" #name, macos_##name)
@@ -407,7 +421,7 @@ const struct binding machorun_libsystem[] = {
     THE_SAME(bzero), THE_SAME(free), THE_SAME(memchr), THE_SAME(memcmp), THE_SAME(memcpy), THE_SAME(posix_memalign),
     THE_SAME(qsort), THE_SAME(strchr), THE_SAME(strcmp), THE_SAME(strcpy), THE_SAME(strcspn), THE_SAME(strlen),
     THE_SAME(strncmp), THE_SAME(strncpy), THE_SAME(strstr), THE_SAME(getenv),
-    LIBSYSTEM("___memcpy_chk", __builtin___memcpy_chk), LIBSYSTEM("___memset_chk", __builtin___memset_chk),
+    THE_SAME(__memcpy_chk), THE_SAME(__memset_chk),
     ADAPTED(malloc), ADAPTED(calloc), ADAPTED(realloc), ADAPTED(memset_pattern16), ADAPTED(strtod), ADAPTED(strtol),
     ADAPTED(vsnprintf), LIBSYSTEM("_snprintf", variadic_snprintf), LIBSYSTEM("___snprintf_chk", variadic_snprintf_chk),
     LIBSYSTEM("___error", macos_error), ADAPTED(strerror),

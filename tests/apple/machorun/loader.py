@@ -1,4 +1,4 @@
-"""Import a macOS wheel in arm64 Linux Python: ``anellm._anellm`` comes out of the Mach-O file, through libmachorun.so."""
+"""Import a macOS wheel in arm64 Linux Python: ``anellm._anellm`` comes out of the Mach-O file, by libmachorun.so."""
 
 from __future__ import annotations
 

@@ -1,13 +1,7 @@
-/* What Python calls, with ctypes (loader.py), and with -DMACHORUN_MAIN a program that calls one function of an image:
- *
- *     machorun IMAGE FUNCTION      its result, an int, is the exit code; 125 if the image was refused
- *     machorun                     the bindings, a line "library symbol kind" each
- *
- * Images stay until the process ends. */
+/* What Python calls, with ctypes (loader.py), and what main.c does. Images stay until the process ends. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -16,8 +10,6 @@
 #include "image.h"
 #include "machorun.h"
 
-/* Load the image at `path`, run its initialisers, and return a function of it; NULL with the reason in `error`. */
-void *machorun_open(const char *path, const char *function, char *error, size_t error_bytes);
 void *machorun_open(const char *path, const char *function, char *error, size_t error_bytes) {
     struct stat status;
     const int file = open(path, O_RDONLY | O_CLOEXEC);
@@ -42,26 +34,3 @@ void *machorun_open(const char *path, const char *function, char *error, size_t 
     if (found == NULL) snprintf(error, error_bytes, "the image does not export %s", function);
     return found;
 }
-
-#if defined(MACHORUN_MAIN)
-static void list(const struct binding *binding) {
-    static const char *const kinds[] = {"same", "adapted", "shim", "refused"};
-    for (; binding->symbol != NULL; binding++)
-        printf("%s %s %s\n", binding->library, binding->symbol, kinds[binding->kind]);
-}
-
-int main(int n, char **arguments) {
-    char error[512] = "";
-    if (n == 1) {
-        list(machorun_libsystem);
-        list(machorun_python);
-        list(machorun_frameworks);
-        return 0;
-    }
-    int (*function)(void) = NULL;
-    if (n == 3) *(void **)&function = machorun_open(arguments[1], arguments[2], error, sizeof error);
-    if (function != NULL) return function();
-    fprintf(stderr, "%s\n", n == 3 ? error : "usage: machorun [IMAGE FUNCTION]");
-    return 125;
-}
-#endif

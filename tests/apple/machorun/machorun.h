@@ -3,6 +3,8 @@
 #ifndef MACHORUN_H
 #define MACHORUN_H
 
+#include <stddef.h>
+
 #define LENGTH(array) ((int)(sizeof(array) / sizeof(array)[0]))
 
 enum binding_kind {
@@ -23,6 +25,9 @@ extern const struct binding machorun_libsystem[], machorun_python[], machorun_fr
 
 /* The address for an import, or NULL if there is none: an image_resolver. */
 void *machorun_resolve(const char *library, const char *symbol);
+
+/* Load the image at `path`, run its initialisers, and return a function of it; NULL with the reason in `error`. */
+void *machorun_open(const char *path, const char *function, char *error, size_t error_bytes);
 
 /* Say what happened and abort: for what must not be passed over, in a function that cannot report it. */
 _Noreturn __attribute__((format(printf, 1, 2))) void machorun_die(const char *format, ...);

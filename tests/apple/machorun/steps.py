@@ -1,7 +1,7 @@
 """Train a small Llama on the CPU with each tier of kernels, and once on ``ane-sim``; print losses and weights as JSON.
 
-    python steps.py TIER,...                      the anellm that Python finds
-    python steps.py TIER,... LIBMACHORUN WHEEL    the one of an unpacked macOS wheel
+python steps.py TIER,...                      the anellm that Python finds
+python steps.py TIER,... LIBMACHORUN WHEEL    the one of an unpacked macOS wheel
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if len(sys.argv) > 2:
 
     loader.install(Path(sys.argv[2]), Path(sys.argv[3]))
 
+import anellm._anellm
 import numpy as np
 
-import anellm._anellm
 from anellm._ffi import check, ffi, lib, text
 from anellm.config import ModelConfig
 from anellm.model import Model
