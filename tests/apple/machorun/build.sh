@@ -15,7 +15,8 @@ FLAGS=(-std=gnu11 -D_GNU_SOURCE -O1 -fPIC -pthread -fno-builtin -Wall -Wextra -W
 if [ $# -gt 1 ]; then
     sources=("$2"/*)
 else
-    sources=("$here"/{image,libsystem,python,bindings,machorun,main}.c "$here/variadic.S" "$here/../accelerate/accelerate.c")
+    sources=("$here"/{image,libsystem,python,bindings,machorun,main}.c "$here/variadic.S"
+        "$here/../accelerate/accelerate.c")
 fi
 for source in "${sources[@]}"; do
     "${CC[@]}" "${FLAGS[@]}" -c "$source" -o "$folder/$(basename "$source").o"

@@ -12,7 +12,9 @@
 
 static char target[16];
 
-static void *resolve(const char *library, const char *symbol) { return strlen(library) + strlen(symbol) > 0 ? target : NULL; }
+static void *resolve(const char *library, const char *symbol) {
+    return strlen(library) + strlen(symbol) > 0 ? target : NULL;
+}
 
 static unsigned char *read_file(const char *path, size_t *bytes) {
     FILE *file = fopen(path, "rb");
@@ -34,8 +36,10 @@ static int refused(const unsigned char *content, size_t bytes, int say) {
     struct image *image = image_load(copy, bytes, resolve, error, sizeof error);
     free(copy);
     if (image != NULL) image_symbol(image, "no such function");
-    if (say && image != NULL) printf("ok %lld %lld\n", (long long)image_counts(image).rebases,
-                                     (long long)image_counts(image).binds);
+    if (say && image != NULL) {
+        const struct image_counts counts = image_counts(image);
+        printf("ok %lld %lld\n", (long long)counts.rebases, (long long)counts.binds);
+    }
     if (say && image == NULL) printf("%s\n", error);
     if (image == NULL && error[0] == '\0') exit(3);
     image_free(image);

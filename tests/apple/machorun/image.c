@@ -132,7 +132,8 @@ static int read_library(struct image *image, const uint8_t *command, uint32_t si
 
 static int read_symbols(struct image *image, const uint8_t *command, uint32_t size) {
     if (size != 24 || image->symbols != NULL) return fail(image, "LC_SYMTAB of %u bytes, or another one", size);
-    const uint32_t offset = u32(command + 8), n = u32(command + 12), names = u32(command + 16), bytes = u32(command + 20);
+    const uint32_t offset = u32(command + 8), n = u32(command + 12);
+    const uint32_t names = u32(command + 16), bytes = u32(command + 20);
     if (!is_in_file(image, offset, (uint64_t)n * 16) || !is_in_file(image, names, bytes))
         return fail(image, "the table of symbols ends after the file's %zu bytes", image->file_bytes);
     image->symbols = malloc((size_t)n * 16 + 1);
@@ -160,7 +161,8 @@ static int read_fixups(struct image *image, const uint8_t *command, uint32_t siz
 static int read_command(struct image *image, const uint8_t *command, uint32_t size) {
     const uint32_t kind = u32(command);
     if (kind == LC_DYLD_INFO_ONLY) return read_fixups(image, command, size);
-    if (kind == LC_DYLD_CHAINED_FIXUPS) return fail(image, "LC_DYLD_CHAINED_FIXUPS: this format of fixups is not known");
+    if (kind == LC_DYLD_CHAINED_FIXUPS)
+        return fail(image, "LC_DYLD_CHAINED_FIXUPS: fixups of a format that is not known");
     switch (kind) {
         case LC_SEGMENT_64: return read_segment(image, command, size);
         case LC_LOAD_DYLIB: return read_library(image, command, size);
@@ -187,8 +189,8 @@ static int read_commands(struct image *image) {
         return fail(image, "file type %u: expected a library (%d) or bundle (%d)", u32(file + 12), KIND_DYLIB,
                     KIND_BUNDLE);
     const uint32_t n = u32(file + 16), bytes = u32(file + 20);
-    if (!is_in_file(image, 32, bytes)) return fail(image, "the load commands end after the file's %zu bytes",
-                                                   image->file_bytes);
+    if (!is_in_file(image, 32, bytes))
+        return fail(image, "the load commands end after the file's %zu bytes", image->file_bytes);
     uint32_t at = 0;
     for (uint32_t i = 0; i < n; i++) {
         const uint32_t size = bytes - at >= 8 ? u32(file + 32 + at + 4) : 0;
@@ -260,7 +262,7 @@ static uint64_t uleb(struct program *program) {
 
 static int64_t sleb(struct program *program) {
     uint64_t value = 0;
-    for (unsigned shift = 0; program->at < program->end && shift < 63; ) {
+    for (unsigned shift = 0; program->at < program->end && shift < 63;) {
         const uint8_t byte = *program->at++;
         value |= (uint64_t)(byte & 0x7F) << shift;
         shift += 7;
@@ -289,8 +291,8 @@ static int rebase(struct program *program, uint64_t n, uint64_t skip) {
     if (skip > MAX_BYTES) return fail(program->image, "a rebase that skips %llu bytes", (unsigned long long)skip);
     for (; n > 0 && !program->broken; n--, program->offset += 8 + skip) {
         uint8_t *at = pointer_at(program->image, program->segment, program->offset);
-        if (at == NULL) return fail(program->image, "a rebase at %d:%#llx", program->segment,
-                                    (unsigned long long)program->offset);
+        if (at == NULL)
+            return fail(program->image, "a rebase at %d:%#llx", program->segment, (unsigned long long)program->offset);
         const uint64_t value = u64(at) + (uint64_t)(uintptr_t)program->image->base;
         memcpy(at, &value, sizeof value);
         program->image->counts.rebases++;

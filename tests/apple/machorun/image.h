@@ -1,6 +1,6 @@
 /* A thin arm64 Mach-O library in memory: mapped, bound, its initialisers run. Formats are those of Apple's
- * <mach-o/loader.h>, <mach-o/nlist.h> and dyld's opcodes ("compressed dyld info"), which zig's linker writes. What is not
- * known here ends in an error: nothing that dyld would do is left out silently, but for the code signature. */
+ * <mach-o/loader.h>, <mach-o/nlist.h> and dyld's opcodes ("compressed dyld info"), which zig's linker writes. What is
+ * not known here ends in an error: nothing that dyld would do is left out silently, but for the code signature. */
 #ifndef MACHORUN_IMAGE_H
 #define MACHORUN_IMAGE_H
 
@@ -9,8 +9,8 @@
 
 struct image;
 
-/* The address of an import, or NULL if there is none. `library` is the last part of the library's path, or "process" for
- * a symbol that is looked up in the whole process. */
+/* The address of an import, or NULL if there is none. `library` is the last part of the library's path, or "process"
+ * for a symbol that is looked up in the whole process. */
 typedef void *image_resolver(const char *library, const char *symbol);
 
 struct image_counts {

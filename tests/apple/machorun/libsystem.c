@@ -33,10 +33,13 @@ _Noreturn void machorun_die(const char *format, ...) {
 
 /* ---- errors: 1 to 34 are the same on both, but for 11 ------------------------------------------------------------ */
 
-static const struct {
+struct number {
     int macos, here;
-} errors[] = {{11, EDEADLK}, {35, EAGAIN},        {45, ENOTSUP},   {60, ETIMEDOUT}, {62, ELOOP}, {63, ENAMETOOLONG},
-              {66, ENOTEMPTY}, {69, EDQUOT}, {70, ESTALE}, {77, ENOLCK}, {78, ENOSYS},  {84, EOVERFLOW}, {89, ECANCELED}};
+};
+
+static const struct number errors[] = {
+    {11, EDEADLK},   {35, EAGAIN}, {45, ENOTSUP}, {60, ETIMEDOUT}, {62, ELOOP},     {63, ENAMETOOLONG}, {66, ENOTEMPTY},
+    {69, EDQUOT},    {70, ESTALE}, {77, ENOLCK},  {78, ENOSYS},    {84, EOVERFLOW}, {89, ECANCELED}};
 
 static int error_to_macos(int error) {
     for (int i = 0; i < LENGTH(errors); i++)
@@ -51,7 +54,7 @@ static int error_to_linux(int error) {
     return error >= 0 && error <= ERANGE ? error : -1;
 }
 
-/* The image's errno, one a thread, is not glibc's: the numbers differ, and a mathematical function of macOS sets none. */
+/* The image's errno, one a thread, is not glibc's: numbers differ, and mathematical functions of macOS set none. */
 static __thread int macos_errno;
 
 static int *macos_error(void) { return &macos_errno; }
@@ -97,8 +100,9 @@ struct sine_cosine {
 };
 static struct sine_cosine macos_sincos(double x) { return (struct sine_cosine){sin(x), cos(x)}; }
 
-/* Entered through variadic.S as well. A va_list of macOS is the address of the arguments; one of Linux has it as that of the part in memory, with no
- * registers left. (Arm, "Procedure Call Standard for the Arm 64-bit Architecture", the va_list type) */
+/* Entered through variadic.S as well. A va_list of macOS is the address of the arguments; one of Linux has it as that
+ * of the part in memory, with no registers left. (Arm, "Procedure Call Standard for the Arm 64-bit Architecture", the
+ * va_list type) */
 int macos_vsnprintf(char *out, size_t bytes, const char *format, const void *arguments) {
     const struct {
         const void *stack, *general_end, *vector_end;
@@ -124,18 +128,23 @@ int macos_vsnprintf_chk(char *out, size_t bytes, int flag, size_t room, const ch
 
 /* ---- files and the system ---------------------------------------------------------------------------------------- */
 
-int macos_open(const char *path, int flags, const void *arguments) {
-    static const struct {
-        int macos, here;
-    } known[] = {{0x1, O_WRONLY}, {0x2, O_RDWR},     {0x4, O_NONBLOCK}, {0x8, O_APPEND},         {0x100, O_NOFOLLOW},
-                 {0x200, O_CREAT}, {0x400, O_TRUNC}, {0x800, O_EXCL},   {0x100000, O_DIRECTORY}, {0x1000000, O_CLOEXEC}};
+static int translate(const char *what, int flags, const struct number *known, int n) {
     int translated = 0, left = flags;
-    for (int i = 0; i < LENGTH(known); i++) {
+    for (int i = 0; i < n; i++) {
         if ((flags & known[i].macos) == 0) continue;
         translated |= known[i].here;
         left &= ~known[i].macos;
     }
-    if (left != 0) machorun_die("open(\"%s\"): flags %#x are not known", path, (unsigned)left);
+    if (left != 0) machorun_die("%s: flags %#x are not known", what, (unsigned)left);
+    return translated;
+}
+
+/* Entered through variadic.S. */
+int macos_open(const char *path, int flags, const void *arguments) {
+    static const struct number known[] = {
+        {0x1, O_WRONLY},  {0x2, O_RDWR},    {0x4, O_NONBLOCK}, {0x8, O_APPEND},         {0x100, O_NOFOLLOW},
+        {0x200, O_CREAT}, {0x400, O_TRUNC}, {0x800, O_EXCL},   {0x100000, O_DIRECTORY}, {0x1000000, O_CLOEXEC}};
+    const int translated = translate("open", flags, known, LENGTH(known));
     int mode = 0;
     if ((translated & O_CREAT) != 0) memcpy(&mode, arguments, sizeof mode);
     return WITH_ERRNO(open(path, translated, (mode_t)mode));
@@ -156,16 +165,9 @@ static int check_protection(const char *function, int protection) {
 }
 
 static void *macos_mmap(void *address, size_t bytes, int protection, int flags, int file, long offset) {
-    static const struct {
-        int macos, here;
-    } known[] = {{0x1, MAP_SHARED}, {0x2, MAP_PRIVATE}, {0x10, MAP_FIXED}, {0x40, MAP_NORESERVE}, {0x1000, MAP_ANONYMOUS}};
-    int translated = 0, left = flags;
-    for (int i = 0; i < LENGTH(known); i++) {
-        if ((flags & known[i].macos) == 0) continue;
-        translated |= known[i].here;
-        left &= ~known[i].macos;
-    }
-    if (left != 0) machorun_die("mmap: flags %#x are not known", (unsigned)left);
+    static const struct number known[] = {
+        {0x1, MAP_SHARED}, {0x2, MAP_PRIVATE}, {0x10, MAP_FIXED}, {0x40, MAP_NORESERVE}, {0x1000, MAP_ANONYMOUS}};
+    const int translated = translate("mmap", flags, known, LENGTH(known));
     return WITH_ERRNO(mmap(address, bytes, check_protection("mmap", protection), translated, file, offset));
 }
 
@@ -296,7 +298,8 @@ static pthread_cond_t *condition_of(const char *function, struct macos_condition
     pthread_cond_t *found = __atomic_load_n(&shell->condition, __ATOMIC_ACQUIRE);
     if (found != NULL) return found;
     pthread_cond_t *mine = new_condition();
-    if (__atomic_compare_exchange_n(&shell->condition, &found, mine, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return mine;
+    if (__atomic_compare_exchange_n(&shell->condition, &found, mine, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        return mine;
     free(mine); /* another thread came first */
     return found;
 }
@@ -352,7 +355,8 @@ static int macos_pthread_attr_setdetachstate(struct macos_attributes *attributes
     return 0;
 }
 
-static int macos_pthread_create(pthread_t *thread, const struct macos_attributes *shell, void *(*run)(void *), void *argument) {
+static int macos_pthread_create(pthread_t *thread, const struct macos_attributes *shell, void *(*run)(void *),
+                                void *argument) {
     pthread_attr_t attributes;
     if (shell != NULL) check_signature("pthread_create", shell->signature, ATTRIBUTES);
     int error = pthread_attr_init(&attributes);
@@ -403,7 +407,7 @@ static int macos_pthread_sigmask(int how, const uint32_t *set, uint32_t *old) {
     return error_to_macos(error);
 }
 
-/* ---- what each import is ------------------------------------------------------------------------------------------ */
+/* ---- what each import is ----------------------------------------------------------------------------------------- */
 
 extern char __memcpy_chk[], __memset_chk[]; /* in glibc, but not in its headers */
 
@@ -416,8 +420,9 @@ const struct binding machorun_libsystem[] = {
     THE_SAME(atanf), THE_SAME(cos), THE_SAME(cosf), THE_SAME(erf), THE_SAME(exp), THE_SAME(exp2), THE_SAME(expf),
     THE_SAME(frexpf), THE_SAME(ldexp), THE_SAME(ldexpf), THE_SAME(log), THE_SAME(log2), THE_SAME(logf), THE_SAME(pow),
     THE_SAME(sin), THE_SAME(sinf), THE_SAME(tanh), ADAPTED(ilogbf), LIBSYSTEM("___sincos_stret", macos_sincos),
-    /* Memory and text: C's own, without a locale, a type or a constant of the system's in their interface. posix_memalign
-     * answers with one of two errors, which are the same. qsort may leave equal elements in another order. */
+    /* Memory and text: C's own, without a locale, a type or a constant of the system's in their interface.
+     * posix_memalign answers with one of two errors, which are the same. qsort may leave equal elements in another
+     * order. */
     THE_SAME(bzero), THE_SAME(free), THE_SAME(memchr), THE_SAME(memcmp), THE_SAME(memcpy), THE_SAME(posix_memalign),
     THE_SAME(qsort), THE_SAME(strchr), THE_SAME(strcmp), THE_SAME(strcpy), THE_SAME(strcspn), THE_SAME(strlen),
     THE_SAME(strncmp), THE_SAME(strncpy), THE_SAME(strstr), THE_SAME(getenv),

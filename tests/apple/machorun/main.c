@@ -1,6 +1,7 @@
 /* The loader as a program, for libraries that need no Python.
  *
- *     machorun IMAGE FUNCTION      call a function without arguments, print its result, an int; exit code 1 unless it is 0
+ *     machorun IMAGE FUNCTION      call a function without arguments and print its result, an int; exit code 1
+ *                                  unless it is 0
  *     machorun                     the bindings, a line "library symbol kind" each
  *
  * The exit code is 2, with the reason on standard error, if the image is refused. */

@@ -60,8 +60,8 @@ static int write_list(char *out, size_t bytes, const char *format, ...) {
 static int text(void) {
     char out[128], *end;
     const char *expected = "a 1 -2 3.5 4294967296 x 6 7 0x8 9.25 10";
-    snprintf(out, sizeof out, "%s %d %ld %g %llu %c %zu %u %#x %.2f %d", "a", 1, -2L, 3.5, 1ULL << 32, 'x', (size_t)6, 7u,
-             8u, 9.25, 10);
+    snprintf(out, sizeof out, "%s %d %ld %g %llu %c %zu %u %#x %.2f %d", "a", 1, -2L, 3.5, 1ULL << 32, 'x',
+             (size_t)6, 7u, 8u, 9.25, 10);
     HOLDS(strcmp(out, expected) == 0);
     memset(out, 0, sizeof out);
     HOLDS(write_list(out, sizeof out, "%s %d %ld %g %llu %c %zu %u %#x %.2f %d", "a", 1, -2L, 3.5, 1ULL << 32, 'x',

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# An arm64 Debian with Python, NumPy and cffi in a folder, for qemu's user-mode emulation: the packages are unpacked, not
-# installed, with an apt state of their own. Needs apt-get, dpkg and a network, and a Python with pip in PYTHON.
+# An arm64 Debian with Python, NumPy and cffi in a folder, for qemu's user-mode emulation: the packages are unpacked,
+# not installed, with an apt state of their own. Needs apt-get, dpkg and a network, and a Python with pip in PYTHON.
 #
 #   PYTHON=python3 bash tests/apple/machorun/sysroot.sh FOLDER
 #
-# Leaves FOLDER/root (/lib, /usr) and FOLDER/site (for PYTHONPATH), 140 MB together; ANELLM_ARM64_ROOT=FOLDER then lets
+# Leaves FOLDER/root (/lib, /usr) and FOLDER/site (for PYTHONPATH), 120 MB together; ANELLM_ARM64_ROOT=FOLDER then lets
 # tests/apple/test_macos_loader.py run.
 set -euo pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd)

@@ -1,6 +1,7 @@
-/* Apple's arm64 passes what stands for "..." on the stack, 8 bytes each, whatever its type; Linux passes it in registers
- * first. Each entry below has the name of the function with "..." and takes the address of that part of the stack as one
- * more argument, after those with names, to the function in libsystem.c or python.c that reads it.
+/* Apple's arm64 passes what stands for "..." on the stack, 8 bytes each, whatever its type; Linux passes it in
+ * registers first. Each entry below is what an image calls in the place of a function with "..."; it passes on the
+ * address of that part of the stack, as one more argument after those with names, to a function of libsystem.c or
+ * python.c that reads it from there.
  * (Apple, "Writing ARM64 code for Apple platforms", Update code that passes arguments to variadic functions) */
 .macro VARIADIC name, target, register
     .globl  \name
