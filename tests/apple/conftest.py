@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,8 +31,29 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that fills a folder once for all processes of pytest-xdist, and returns it."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def fill_once(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, filled = root / f"shared-{name}", root / f"shared-{name}.filled"
+        with (root / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not filled.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                fill(folder)
+                filled.touch()
+        return folder
+
+    return fill_once
+
+
+@pytest.fixture(scope="session")
+def wheel(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """Return the macOS wheel, built once for all that look at it."""
     if not has_zig():
         pytest.skip(NO_ZIG)
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+    (found,) = shared("wheel", build_wheel).glob("*.whl")
+    return found

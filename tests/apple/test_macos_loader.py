@@ -32,6 +32,8 @@ GCC = "aarch64-linux-gnu-gcc"
 ARM64 = os.environ.get("ANELLM_ARM64_ROOT", "")
 CC = os.environ.get("CC", "cc").split()
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason=f"no C source in {ROOT}"),
     pytest.mark.skipif(not QEMU, reason="no qemu-aarch64-static on PATH (Debian: qemu-user-static)"),
@@ -63,17 +65,19 @@ def compile_for_macos(source: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def loader(shared: Shared) -> Path:
     """Return the folder of libmachorun.so and machorun."""
-    folder = tmp_path_factory.mktemp("machorun")
-    succeed("bash", MACHORUN / "build.sh", folder, CC=GCC)
-    return folder
+    return shared("machorun", lambda folder: succeed("bash", MACHORUN / "build.sh", folder, CC=GCC))
 
 
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def probe(shared: Shared) -> Path:
     """Return a macOS library that calls what the loader's adapters stand for, and checks what comes back."""
-    return compile_for_macos(MACHORUN / "probe.c", tmp_path_factory.mktemp("probe") / "probe.dylib")
+
+    def fill(folder: Path) -> None:
+        compile_for_macos(MACHORUN / "probe.c", folder / "probe.dylib")
+
+    return shared("probe", fill) / "probe.dylib"
 
 
 # ---- what an import becomes ------------------------------------------------------------------------------------------
@@ -293,12 +297,16 @@ def arm64_python(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def mac(loader: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def mac(loader: Path, wheel: Path, shared: Shared) -> dict[str, object]:
     """Return what steps.py prints over the wheel."""
-    folder = unpack(wheel, tmp_path_factory.mktemp("unpacked"))
-    done = arm64_python(MACHORUN / "steps.py", "neon,vdsp,portable", loader / "libmachorun.so", folder)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads(done.stdout)
+
+    def fill(folder: Path) -> None:
+        library = loader / "libmachorun.so"
+        done = arm64_python(MACHORUN / "steps.py", "neon,vdsp,portable", library, unpack(wheel, folder))
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        (folder / "steps.json").write_text(done.stdout, encoding="utf-8")
+
+    return json.loads((shared("mac", fill) / "steps.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 #
 #   CC=aarch64-linux-gnu-gcc bash tests/apple/machorun/build.sh FOLDER [SOURCES]
 #
-# Leaves FOLDER/libmachorun.so and FOLDER/machorun. A file of the folder SOURCES takes the place of the one of its name,
-# and the others are taken as they were compiled before.
+# Leaves FOLDER/libmachorun.so and FOLDER/machorun. With SOURCES, only the program is made anew: a file of that folder
+# takes the place of the one of its name, and the others are taken as they were compiled before.
 set -euo pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
@@ -24,4 +24,4 @@ done
 main=("$folder/main.c.o") library=()
 for object in "$folder"/*.o; do [ "$object" = "${main[0]}" ] || library+=("$object"); done
 "${CC[@]}" -pthread -static "${main[@]}" "${library[@]}" -o "$folder/machorun" -lm
-"${CC[@]}" -pthread -shared "${library[@]}" -o "$folder/libmachorun.so" -lm
+[ $# -gt 1 ] || "${CC[@]}" -pthread -shared "${library[@]}" -o "$folder/libmachorun.so" -lm
