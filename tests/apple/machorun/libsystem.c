@@ -216,22 +216,20 @@ static int macos_sysctlbyname(const char *name, void *out, size_t *bytes, void *
 }
 
 /* No library is opened: Apple's are not here, and one of Linux has another ABI. */
-static __thread const char *library_error;
+static char no_libraries[] = "machorun opens no libraries";
+static __thread char *library_error;
 
 static void *macos_dlopen(const char *path, int mode) {
     (void)path;
     (void)mode;
-    library_error = "machorun opens no libraries";
+    library_error = no_libraries;
     return NULL;
 }
 
 static char *macos_dlerror(void) {
-    static char text[64]; /* of type char *, never written to again */
-    const char *error = library_error;
+    char *error = library_error;
     library_error = NULL;
-    if (error == NULL) return NULL;
-    snprintf(text, sizeof text, "%s", error);
-    return text;
+    return error;
 }
 
 static void *macos_dlsym(void *library, const char *symbol) { machorun_die("dlsym(%p, \"%s\")", library, symbol); }
