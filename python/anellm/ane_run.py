@@ -140,7 +140,7 @@ class EngineRun:
         if self.engine is None:
             return {}
         counts = [now - before for now, before in zip(self._counts(), self._before, strict=True)]
-        return {"counts": counts, **{"activations": list(v) for v in self.activations().values()}}
+        return {"counts": counts, "activations": self.activations()["max_activation"]}
 
     def step_values(self, skipped: int, *, activations: bool) -> dict[str, Any]:
         """Return what metrics.jsonl says about a step besides, since begin_step().

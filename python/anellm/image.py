@@ -27,7 +27,7 @@ from anellm.ane_device import Engine
 from anellm.pipeline_schedule import Action
 from anellm.rundir import RunDirectory
 from anellm.stages import Stages, share
-from anellm.state_file import DATA_OFFSET, StateFile, StateKey
+from anellm.state_file import DATA_OFFSET, StateFile
 
 if TYPE_CHECKING:
     from anellm.model import Model
@@ -196,7 +196,8 @@ class RemoteEngine:
         sums = ("evaluations", "rescales", "retries", "total_ane_flops", "total_cpu_flops", "compile_ms", "compiles")
         earlier = self._earlier or [0.0] * len(AneStats._fields)
         pairs = zip(AneStats._fields, self._values, earlier, strict=True)
-        return AneStats(*(now + before if name in sums else now for name, now, before in pairs))
+        found: list[Any] = [now + before if name in sums else now for name, now, before in pairs]
+        return AneStats(*found)
 
     def activations(self) -> list[float]:
         """Return the largest magnitudes behind each layer, of the group that was computed last."""
@@ -228,22 +229,23 @@ class ChildImage:
 
     Attributes:
         engine: the child's engine; None where the CPU computes.
+        file: the state file, which is the memory of the model; to be set before the first action.
+        ids: what the classifier is reduced to; None: it is not.
     """
 
-    def __init__(self, model: Model, file: StateFile, ids: np.ndarray[Any, Any] | None) -> None:
-        """Take what a child needs; the first action starts one.
-
-        Args:
-            model: the model, whose memory is the file's.
-            file: the state file.
-            ids: what its classifier is reduced to; None: it is not.
-        """
-        self._model, self._file, self._ids = model, file, ids
+    def __init__(self, model: Model) -> None:
+        """Take the model; the first action starts a child."""
+        self._model = model
+        self.file: StateFile | None = None
+        self.ids: np.ndarray[Any, Any] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.engine = None if model.ane is None else RemoteEngine(model.ane)
 
     def _start(self) -> None:
-        model, key = self._model, self._file.key
+        model, file = self._model, self.file
+        if file is None:
+            raise errors.InternalError("no state file")
+        key = file.key
         options = model.ane_options
         from anellm._ffi import lib
         from anellm.device import cpu_variant
@@ -256,18 +258,18 @@ class ChildImage:
             "policy": model.activation_checkpoint,
             "shape": [key.batch_size, key.seq_len, key.n_micro],
             "starts": list(key.starts),
-            "fd": self._file.fd,
-            "ids": None if self._ids is None else self._ids.tolist(),
+            "fd": file.fd,
+            "ids": None if self.ids is None else self.ids.tolist(),
             "exponents": None if self.engine is None else self.engine.exponents(),
             "threads": int(lib.anellm_get_threads()),
         }
         path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "ANELLM_CPU": cpu_variant()}
-        self._process = subprocess.Popen(  # noqa: S603  our own module
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "anellm.image"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=[self._file.fd],
+            pass_fds=[file.fd],
             env=environment,
             start_new_session=True,  # Ctrl-C is for this process, which ends the child
         )
@@ -352,9 +354,9 @@ def _set_up(hello: Mapping[str, Any]) -> tuple[Model, LocalImage]:
     model = Model(config, hello["device"], seed=None, ane=options)
     model.set_dtype(hello["dtype"])
     model.set_activation_checkpoint(hello["policy"])
-    key = StateKey(config, *hello["shape"], tuple(hello["starts"]))
     share(model, hello["fd"], DATA_OFFSET, load=True)
-    stages = Stages(model, *hello["shape"], key.starts, hello["fd"], DATA_OFFSET)
+    batch_size, seq_len, n_micro = hello["shape"]
+    stages = Stages(model, batch_size, seq_len, n_micro, hello["starts"], hello["fd"], DATA_OFFSET)
     if hello["ids"] is not None:
         model.compact_vocabulary(np.array(hello["ids"], np.int32))
     if model.ane is not None:

@@ -12,35 +12,37 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
 from anellm import safeio
-from anellm.errors import CheckpointError, DeviceError, TornStateError
+from anellm.errors import CheckpointError, DeviceError, InternalError, TornStateError
 from anellm.image import ChildImage, Handover, Image, LocalImage, Restart, new_nonce
-from anellm.pipeline import CompileBudget, plan
+from anellm.pipeline import COMPILE_LIMIT, CompileBudget, plan
 from anellm.pipeline_schedule import Schedule, ScheduleState, in_new_process
 from anellm.stages import Stages, infer_on_cpu, share, sync
 from anellm.state_file import DATA_OFFSET, Commit, StateFile, StateKey
 
 if TYPE_CHECKING:
+    from anellm.ane import ModelEngine
     from anellm.config import TrainConfig
     from anellm.model import Model
 
 STATE_FILE: Final = "state.arena"
 MAX_IDLE: Final = 3  # images in a row that got nothing done: the next one is refused
+_WITHOUT: Final = "without that file the run goes on from its last checkpoint"
 _KEYS: Final = {"run", "pipeline"}
-_OURS: Final = {"in_step": bool, "nonce": str, "restarts": int, "restart_seconds": float, "compiles": int}
+_OURS: Final[dict[str, type]] = {
+    "in_step": bool,
+    "nonce": str,
+    "restarts": int,
+    "restart_seconds": float,
+    "compiles": int,
+}
 
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 Values = Callable[[], Mapping[str, Any]]
-
-
-def is_wanted(config: TrainConfig, model: Model) -> bool:
-    """Return whether a run goes by a plan: with static programs, or a budget of compilations."""
-    options = model.ane_options
-    return config.compile_budget is not None or (options is not None and options.mode == "static")
 
 
 class PipelineRun:
@@ -51,6 +53,8 @@ class PipelineRun:
         image: number of this image in the run, from 1.
         nonce: its name.
         restarts: images that ended for want of compilations, so far in the run.
+        engine: the Neural Engine that trains, or what tells of that in a child process; None: the CPU trains.
+        on_image_end: is called when an image is about to end for want of compilations.
     """
 
     def __init__(
@@ -58,7 +62,6 @@ class PipelineRun:
         model: Model,
         config: TrainConfig,
         folder: Path | None,
-        ids: np.ndarray[Any, Any] | None,
         *,
         handover: Handover | None = None,
         replace: bool = False,
@@ -69,17 +72,20 @@ class PipelineRun:
             model: the model; from now on only training computes on its device.
             config: the resolved options.
             folder: where the state file stands; None: a temporary folder.
-            ids: what the classifier is reduced to; None: it is not.
             handover: what the image before this one left.
             replace: a new image replaces this process, by raising Restart; else child processes compute.
         """
-        budget = CompileBudget(*(v for v in (config.compile_budget,) if v is not None), headroom=config.compile_headroom)
+        limit = COMPILE_LIMIT if config.compile_budget is None else config.compile_budget
+        budget = CompileBudget(limit, config.compile_headroom)
         self.plan = plan(model.config, budget)
         self._schedule = Schedule(self.plan, config.gradient_accumulation_steps)
         self._n_micro = config.gradient_accumulation_steps
         shape = config.batch_size, int(config.seq_len or 0), self._n_micro
         self._key = StateKey(model.config, *shape, self.plan.boundaries)
-        self._model, self._ids, self._handover, self._replace = model, ids, handover, replace
+        self._model, self._handover = model, handover
+        self._child = None if replace else ChildImage(model)
+        self.engine: ModelEngine | None = model.ane if self._child is None else cast("ModelEngine", self._child.engine)
+        self.on_image_end: Callable[[], None] = lambda: None
         self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="anellm-")
         self.path = (Path(self._temporary.name) if self._temporary is not None else Path(str(folder))) / STATE_FILE
         self._file: StateFile | None = None
@@ -94,7 +100,6 @@ class PipelineRun:
         self.restarts, self._restart_seconds, self._compiles = 0, 0.0, 0
         self._startup = 0.0
         infer_on_cpu(model)
-        self._child: ChildImage | None = None
 
     # ---- the state file ---------------------------------------------------------------------------------------------
 
@@ -113,19 +118,19 @@ class PipelineRun:
             if self._handover is not None:
                 raise CheckpointError(f"{self.path}: expected the state of image {self.nonce}, found nothing")
             return None
-        file = StateFile.open(self.path, self._key)
+        try:
+            file = StateFile.open(self.path, self._key)
+        except TornStateError:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_WITHOUT}") from None
         try:
             commit = file.commit
-            values = self._read(commit)
-            if self._state.step < oldest:
+            if commit.words[0] < oldest:
                 file.close()
                 return None
-            if commit.idle_images >= MAX_IDLE:
-                raise DeviceError(
-                    f"{self.path}: {commit.idle_images} processes in a row got nothing done in step "
-                    f"{self._state.step + 1}, phase {self._state.phase}: not tried again, since what is compiled in "
-                    "vain can exhaust the system's compiler; without that file the run goes on from its last checkpoint"
-                )
+            values = self._read(commit)
+            self._check_idle(commit)
             self._attach(file, load=True)
             self.image, self._idle = commit.images + 1, commit.idle_images + 1
             if self._handover is not None:
@@ -137,6 +142,14 @@ class PipelineRun:
             raise
         return values
 
+    def _check_idle(self, commit: Commit) -> None:
+        if commit.idle_images >= MAX_IDLE:
+            raise DeviceError(
+                f"{self.path}: {commit.idle_images} processes in a row got nothing done in step "
+                f"{self._state.step + 1}, phase {self._state.phase}: not tried again, since what is compiled in vain "
+                f"can exhaust the system's compiler; {_WITHOUT}"
+            )
+
     def _read(self, commit: Commit) -> Mapping[str, Any]:
         """Take over what a commit says about the plan; return what it says about the run."""
         where = f"{self.path}: values"
@@ -147,7 +160,7 @@ class PipelineRun:
             raise CheckpointError(f"{where}: pipeline: expected the keys {', '.join(_OURS)}")
         for name, kind in _OURS.items():
             found = ours[name]
-            if type(found) is not kind or (kind is not bool and kind is not str and not 0 <= found < 2**53):
+            if type(found) is not kind or (isinstance(found, (int, float)) and not 0 <= found < 2**53):
                 raise CheckpointError(f"{where}: {name}: expected a {kind.__name__} from 0, found {found!r:.80}")
         if self._handover is not None and ours["nonce"] != self._handover.nonce:
             raise CheckpointError(f"{where}: nonce: expected {self._handover.nonce}, found {ours['nonce']!r:.80}")
@@ -164,24 +177,18 @@ class PipelineRun:
         """Let the file be the model's memory."""
         share(self._model, file.fd, DATA_OFFSET, load=load)
         key = self._key
-        self._stages = Stages(
-            self._model, key.batch_size, key.seq_len, key.n_micro, key.starts, file.fd, DATA_OFFSET
-        )
+        self._stages = Stages(self._model, key.batch_size, key.seq_len, key.n_micro, key.starts, file.fd, DATA_OFFSET)
         self._file = file
-        self._worker = self.child(file) if not self._replace else LocalImage(self._model, self._stages)
-
-    def child(self, file: StateFile | None = None) -> ChildImage:
-        """Return what computes beside this process."""
-        if self._child is None:
-            self._child = ChildImage(self._model, self._ids)
-        if file is not None:
+        if self._child is not None:
             self._child.file = file
-        return self._child
+        self._worker = self._child or LocalImage(self._model, self._stages)
 
-    def _commit(self, state: ScheduleState, values: Mapping[str, Any], *, synced: bool = False) -> None:
-        if self._file is None:
-            return
-        self._state = state
+    def reduce_classifier(self, ids: np.ndarray[Any, Any]) -> None:
+        """Let what computes reduce its classifier as the model's is."""
+        if self._child is not None:
+            self._child.ids = ids
+
+    def _values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         ours = {
             "in_step": self._in_step,
             "nonce": self.nonce,
@@ -189,9 +196,13 @@ class PipelineRun:
             "restart_seconds": self._restart_seconds,
             "compiles": self._compiles,
         }
-        self._file.store(
-            Commit(0, tuple(state), self.image, self._idle, {"run": dict(values), "pipeline": ours}, synced)
-        )
+        return {"run": dict(values), "pipeline": ours}
+
+    def _commit(self, state: ScheduleState, values: Mapping[str, Any], *, synced: bool = False) -> None:
+        if self._file is None:
+            return
+        self._state = state
+        self._file.store(Commit(0, tuple(state), self.image, self._idle, self._values(values), synced))
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -211,11 +222,13 @@ class PipelineRun:
         """
         if self._file is None:
             self._state = ScheduleState(step)
-            first = {"run": {}, "pipeline": {}}
-            self._attach(StateFile.create(self.path, self._key, self._state, first), load=False)
+            made = StateFile.create(self.path, self._key, self._state, self._values(values()))
+            made.begin_work()
+            self._attach(made, load=False)
             self._commit(self._state, values())
         file, stages, worker = self._file, self._stages, self._worker
-        assert file is not None and stages is not None and worker is not None  # noqa: S101, PT018  made together
+        if file is None or stages is None or worker is None:
+            raise InternalError("a run by a plan without its state")
         if not self._in_step:
             file.begin_work()
             for micro in range(self._n_micro):
@@ -266,8 +279,6 @@ class PipelineRun:
         self._commit(after, values())
 
     # ---- reports ----------------------------------------------------------------------------------------------------
-
-    on_image_end: Callable[[], None] = staticmethod(lambda: None)  # called when an image is about to end
 
     def record(self) -> dict[str, Any]:
         """Return what metrics.jsonl says about this image at its end."""
