@@ -140,7 +140,21 @@ class EngineRun:
         if self.engine is None:
             return {}
         counts = [now - before for now, before in zip(self._counts(), self._before, strict=True)]
-        return {"counts": counts, "activations": self.activations()["max_activation"]}
+        return {
+            "counts": counts,
+            "activations": self.activations()["max_activation"],
+            "flops": [now - before for now, before in zip(self._total_flops(), self._flops_before, strict=True)],
+            "modelled_ms": self._modelled_ms,
+            "steps": self._steps,
+        }
+
+    def go_on(self, partial: Mapping[str, Any]) -> None:
+        """Count on from where another process was, which gave this by partial()."""
+        if self.engine is None or not partial:
+            return
+        ane, cpu = self._total_flops()
+        self._flops_before = ane - partial["flops"][0], cpu - partial["flops"][1]
+        self._modelled_ms, self._steps = partial["modelled_ms"], partial["steps"]
 
     def step_values(self, skipped: int, *, activations: bool) -> dict[str, Any]:
         """Return what metrics.jsonl says about a step besides, since begin_step().

@@ -175,32 +175,33 @@ class RemoteEngine:
         self.device = _RemoteDevice(local.device)
         self.refusals: tuple[Any, ...] = ()
         self._local = local
-        self._earlier: list[float] = []
-        self._values: list[float] = [0.0] * len(AneStats._fields)
+        self._earlier: list[float] = [0] * len(AneStats._fields)
+        self._values: list[float] = [0] * len(AneStats._fields)
         self._activations: list[float] = local.activations()
 
     def take(self, reply: Mapping[str, Any]) -> None:
         """Take over what a child said about its engine."""
-        self._values, self._activations = reply["stats"], reply["activations"]
+        self._values = reply["stats"]
+        found = zip(reply["activations"], self._activations, strict=True)
+        self._activations = [now or before for now, before in found]  # 0: of no layer of this child's group
         self.device.modelled_ms = self.device.earlier_ms + reply["modelled_ms"]
         self._local.set_exponents(reply["exponents"])
 
     def child_ends(self) -> None:
         """Count on from where a child was."""
         self._earlier = list(self.stats())
-        self._values = [0.0] * len(AneStats._fields)
+        self._values = [0] * len(AneStats._fields)
         self.device.earlier_ms = self.device.modelled_ms
 
     def stats(self) -> AneStats:
         """Return the sums over all children; what is not a sum is the last one's."""
         sums = ("evaluations", "rescales", "retries", "total_ane_flops", "total_cpu_flops", "compile_ms", "compiles")
-        earlier = self._earlier or [0.0] * len(AneStats._fields)
-        pairs = zip(AneStats._fields, self._values, earlier, strict=True)
+        pairs = zip(AneStats._fields, self._values, self._earlier, strict=True)
         found: list[Any] = [now + before if name in sums else now for name, now, before in pairs]
         return AneStats(*found)
 
     def activations(self) -> list[float]:
-        """Return the largest magnitudes behind each layer, of the group that was computed last."""
+        """Return the largest magnitudes behind each layer, in its last forward."""
         return self._activations
 
     def exponents(self) -> list[int]:

@@ -309,6 +309,7 @@ class PipelineRun:
         Args:
             done: a checkpoint holds the state: the file is removed.
         """
+        infer_on_cpu(self._model, on=False)
         if self._worker is not None:
             self._worker.close()
         if self._file is not None:

@@ -73,7 +73,7 @@ def sync(model: Model) -> None:
     check(lib.anellm_model_sync(model._pointer))
 
 
-def infer_on_cpu(model: Model, on: bool = True) -> None:
+def infer_on_cpu(model: Model, *, on: bool = True) -> None:
     """Let forward() without training compute on the CPU, so that it compiles nothing."""
     check(lib.anellm_model_infer_on_cpu(model._pointer, int(on)))
 

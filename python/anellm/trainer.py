@@ -264,6 +264,7 @@ class Trainer:
         if values["ane"] is not None:
             self._ane.load(values["ane"], pipeline.path)
         self._take_state(state)
+        self._ane.go_on(values["partial"])
         self._partial, self._step_start = values["partial"], time.perf_counter() - values["step_seconds"]
         self._stop = self._handover is not None and values["stop"] is True
         self._last_saved = last if isinstance(last, int) else None
