@@ -91,7 +91,7 @@ def take_handover() -> Handover | None:
 
 
 def replace_process(run: RunDirectory, nonce: str) -> NoReturn:
-    """Replace this process by a new image of the same command line; SIGINT and SIGTERM wait until it can take them.
+    """Replace this process by a new image of the same command line.
 
     Raises:
         InternalError: when the system refuses.
@@ -99,7 +99,6 @@ def replace_process(run: RunDirectory, nonce: str) -> NoReturn:
     handover = Handover(str(run.path), nonce, run.hand_over(), time.monotonic())
     sys.stdout.flush()
     sys.stderr.flush()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     environment = {**os.environ, VARIABLE: json.dumps(dataclasses.asdict(handover))}
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  as it was started
@@ -109,7 +108,7 @@ def replace_process(run: RunDirectory, nonce: str) -> NoReturn:
 
 
 def take_signals() -> None:
-    """Let the signals through that replace_process() has kept waiting."""
+    """Let the signals through that LocalImage.restart() has kept waiting."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -153,9 +152,12 @@ class LocalImage:
     def restart(self) -> None:
         """Ask for exec().
 
+        From here on SIGINT and SIGTERM wait for the new image, so that none is lost between the two.
+
         Raises:
             Restart: always.
         """
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         raise Restart(new_nonce())
 
     def close(self) -> None:

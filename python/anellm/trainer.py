@@ -212,18 +212,34 @@ class Trainer:
         self._owns_run = run is None
         self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
         self._pipeline: PipelineRun | None = None
+        self._partial: Mapping[str, Any] | None = None  # of a step that another process has begun
+        self._handover, self._going_on = handover, False
+        try:
+            self._open(replace=replace)
+        except BaseException:
+            self._close()
+            raise
+
+    def _open(self, *, replace: bool) -> None:
+        """Take over where a run stands, and bring the model there."""
+        config, model = self.config, self.model
         if config.by_plan():
             folder = None if self.run is None else self.run.path
-            self._pipeline = PipelineRun(model, config, folder, handover=handover, replace=replace)
+            self._pipeline = PipelineRun(model, config, folder, handover=self._handover, replace=replace)
             self._pipeline.on_image_end = self._end_image
         self._ane = EngineRun(getattr(model, "ane", None) if self._pipeline is None else self._pipeline.engine)
         self._tracer = Tracer(config.profile, inside=self._ane.engine is not None)
-        self._partial: Mapping[str, Any] | None = None  # of a step that another process has begun
-        self._handover, self._going_on = handover, False
         if not self._load_state(resume=config.resume is not None) and self.run is not None and self.run.resumed:
             self._restore(self.run.resumed)
         if config.compact_vocab:
             self._compact_vocabulary()
+
+    def _close(self, *, done: bool = False) -> None:
+        """Let go of what the run has open; ``done``: a checkpoint holds its state."""
+        if self._pipeline is not None:
+            self._pipeline.close(done=done)
+        if self.run is not None and self._owns_run:
+            self.run.close()
 
     def _compact_vocabulary(self) -> None:
         """Reduce the classifier to the ids that occur in the data."""
@@ -345,11 +361,13 @@ class Trainer:
                     self._emit({"kind": "device", "step": self.state.step, **self._ane.describe()})
                 if self.state.step == 0 and not self._going_on and (self.run is None or self.run.resumed is None):
                     self._evaluate()
-                while self.state.step < self.steps and not self._stop:
+                while self.state.step < self.steps and (not self._stop or self._partial is not None):
                     with self._tracer.span("step", step=self.state.step + 1):
                         self._step()
                     self._after_step()
                     if self._pipeline is not None:
+                        self._ane.begin_step()
+                        self._step_start = time.perf_counter()
                         self._pipeline.end_step(self._values())
                 interrupted = self._stop and self.state.step < self.steps
                 if interrupted:
@@ -361,10 +379,7 @@ class Trainer:
             images = {} if self._pipeline is None else self._pipeline.summary()
             return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), images)
         finally:
-            if self._pipeline is not None:
-                self._pipeline.close(done=done)
-            if self.run is not None and self._owns_run:
-                self.run.close()
+            self._close(done=done)
 
     def _begin_run(self) -> None:
         """Open the files of the run directory."""
