@@ -230,7 +230,6 @@ class PipelineRun:
         if file is None or stages is None or worker is None:
             raise InternalError("a run by a plan without its state")
         if not self._in_step:
-            file.begin_work()
             for micro in range(self._n_micro):
                 stages.batch(micro, *batch(micro))
             self._in_step = True
@@ -240,7 +239,7 @@ class PipelineRun:
             if action.kind == "restart":
                 self._restart(worker, after, values)
                 continue
-            if action.kind == "backward":  # what goes forward can be done again
+            if action.kind == "backward":  # all else can be done again
                 file.begin_work()
             worker.perform(action, scale / self._n_micro)
             if action.kind == "compile":

@@ -36,7 +36,7 @@ from anellm.model import GradNorm
 from anellm.optim import AdamW, clip_scale
 from anellm.pipeline_run import PipelineRun, is_time
 from anellm.profile import Tracer
-from anellm.rundir import RunDirectory
+from anellm.rundir import AUTO, RunDirectory
 from anellm.schedule import default_learning_rate, learning_rate
 from anellm.state import TrainState
 
@@ -229,7 +229,7 @@ class Trainer:
             self._pipeline.on_image_end = self._end_image
         self._ane = EngineRun(getattr(model, "ane", None) if self._pipeline is None else self._pipeline.engine)
         self._tracer = Tracer(config.profile, inside=self._ane.engine is not None)
-        if not self._load_state(resume=config.resume is not None) and self.run is not None and self.run.resumed:
+        if not self._load_state() and self.run is not None and self.run.resumed is not None:
             self._restore(self.run.resumed)
         if config.compact_vocab:
             self._compact_vocabulary()
@@ -255,10 +255,16 @@ class Trainer:
         if self._pipeline is not None:
             self._pipeline.reduce_classifier(ids)
 
-    def _load_state(self, *, resume: bool) -> bool:
-        """Take over the state of a run in the middle of a step, and return whether there was one."""
-        pipeline, run = self._pipeline, self.run
-        if pipeline is None or run is None or not (resume or self._handover is not None):
+    def _load_state(self) -> bool:
+        """Take over the state of a run in the middle of a step, and return whether there was one.
+
+        --resume with the path of a checkpoint goes on from that one.
+        """
+        pipeline, run, resume = self._pipeline, self.run, self.config.resume
+        if pipeline is None or run is None:
+            return False
+        own = resume is not None and (resume == AUTO or Path(resume).resolve() == run.path.resolve())
+        if not own and self._handover is None:
             return False
         try:
             values = pipeline.load(0 if run.resumed is None else run.resumed.step)
