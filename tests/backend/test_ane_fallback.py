@@ -143,6 +143,27 @@ def test_operations_are_counted_where_they_run() -> None:
     assert model.ane.stats().cpu_flops == pytest.approx(everything, rel=1e-12)
 
 
+@pytest.mark.parametrize("after", [None, 0, 1, 2, 4])
+@pytest.mark.parametrize("policy", ["boundary", "none"])
+def test_layers_that_are_computed_again(policy: str, after: int | None) -> None:
+    """The same bytes, whatever is refused; the second forward of a layer counts as more operations of the same pass."""
+    tokens, targets = batch(GQA, B, T)
+    models = [sim_model(GQA, numerics="fast") for _ in range(2)]
+    for model in models:
+        if after is not None:
+            simulator_of(model).inject("compile-fails", after=after, count=1)
+        model.set_activation_checkpoint("all" if model is models[0] else policy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            model.forward(tokens, targets)
+        model.backward()
+    assert all(np.array_equal(gradient, models[1].grads[name]) for name, gradient in models[0].grads.items())
+    kept, again = (model.ane.stats() for model in models if model.ane is not None)
+    assert [kept.max_activation, kept.max_activation_layer] == [again.max_activation, again.max_activation_layer]
+    assert again.ane_flops + again.cpu_flops > kept.ane_flops + kept.cpu_flops
+    assert (again.total_ane_flops, again.total_cpu_flops) == (again.ane_flops, again.cpu_flops)
+
+
 def test_inference_only() -> None:
     tokens, targets = batch(GQA, B, T)
     expected = cpu_model(GQA).forward(tokens, targets, training=False)

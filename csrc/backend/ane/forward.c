@@ -210,7 +210,7 @@ int anellm_ane_attention_forward(void *state, const struct anellm_step *step, fl
                                  const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     struct anellm_ane_engine *engine = state;
     const anellm_config *c = step->config;
-    if (step->layer == 0) {
+    if (step->layer == 0 && !step->again) {
         ANELLM_TRY(anellm_ane_use(engine, step->B, step->T, step->training));
         anellm_ane_begin_pass(engine);
     }
