@@ -455,8 +455,8 @@ typedef struct {
 } anellm_ane_options;
 /* From now on attention and mlp blocks of forward and backward run on the device (embedding, norms, classifier, loss,
  * weight gradients, the optimizer and decode stay on the CPU). The device stays the caller's and must outlive the model
- * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1, 1, 0, 0}. Needs a model made with "cpu", of dtype
- * fp32. UNSUPPORTED when a dimension of the model is beyond what any chip takes. Forgets a forward that was not gone back
+ * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1, 1, 0, 0}. Needs a model made with "cpu", of
+ * dtype fp32. UNSUPPORTED when a dimension of the model is beyond what any chip takes. Forgets a forward that was not gone back
  * through; programs are compiled by the first forward of a batch shape. */
 int anellm_model_attach_ane(anellm_model *model, anellm_ane *device, const anellm_ane_options *options);
 /* A forward or backward on the device can also end with
@@ -492,8 +492,8 @@ typedef struct {
 } anellm_ane_refusal;
 int anellm_model_ane_refusal(anellm_model *model, int64_t index, anellm_ane_refusal *refusal); /* RANGE after the last */
 /* From now on only programs of layers first <= layer < last may be compiled, and those of other layers are unloaded and
- * freed at once; first == last: all of them. What forward left for backward stays. For mode STATIC; with DYNAMIC programs
- * belong to no layer, and nothing happens. RANGE unless 0 <= first <= last <= n_layers. */
+ * freed at once; first == last: all of them. What forward left for backward stays. For mode STATIC; with DYNAMIC
+ * programs belong to no layer, and nothing happens. RANGE unless 0 <= first <= last <= n_layers. */
 int anellm_model_ane_hold(anellm_model *model, int64_t first, int64_t last);
 /* max |residual| behind each layer's two blocks in the last forward; n_layers must be the model's. */
 int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_layers);

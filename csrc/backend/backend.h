@@ -71,6 +71,7 @@ struct anellm_step {
     const struct anellm_workspace *workspace;
     int64_t layer;                            /* of the attention or mlp block; forward starts at 0, or at a group's */
     int training;                             /* forward: backward will follow */
+    int again;                                /* forward: of a layer inside a backward, for what was not kept */
     int accumulate;                           /* backward: add to the gradients of matrices */
     int dtype;                                /* of enum anellm_dtype: what matrix products round their inputs to */
     int64_t n_classes;                        /* rows of the classifier: vocab_size, or fewer (model/vocab.c) ... */

@@ -7,7 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from anemodels import BACKWARD, CONFIGS, FORWARD, GQA, MHA, attach, batch, cosine, cpu_model, gradients, sim_model
+from anemodels import (
+    BACKWARD,
+    CONFIGS,
+    FORWARD,
+    GQA,
+    MHA,
+    attach,
+    batch,
+    cosine,
+    cpu_model,
+    gradients,
+    sim_model,
+    take_trace,
+)
 from anemodels import simulator as simulator_of
 
 from anellm._ffi import check, ffi, lib
@@ -143,6 +156,27 @@ def test_operations_are_counted_where_they_run() -> None:
     assert model.ane.stats().cpu_flops == pytest.approx(everything, rel=1e-12)
 
 
+@pytest.mark.parametrize("after", [None, 0, 1, 2, 4])
+@pytest.mark.parametrize("policy", ["boundary", "none"])
+def test_layers_that_are_computed_again(policy: str, after: int | None) -> None:
+    """The same bytes, whatever is refused; the second forward of a layer counts as more operations of the same pass."""
+    tokens, targets = batch(GQA, B, T)
+    models = [sim_model(GQA, numerics="fast") for _ in range(2)]
+    for model in models:
+        if after is not None:
+            simulator_of(model).inject("compile-fails", after=after, count=1)
+        model.set_activation_checkpoint("all" if model is models[0] else policy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            model.forward(tokens, targets)
+        model.backward()
+    assert all(np.array_equal(gradient, models[1].grads[name]) for name, gradient in models[0].grads.items())
+    kept, again = (model.ane.stats() for model in models if model.ane is not None)
+    assert [kept.max_activation, kept.max_activation_layer] == [again.max_activation, again.max_activation_layer]
+    assert again.ane_flops + again.cpu_flops > kept.ane_flops + kept.cpu_flops
+    assert (again.total_ane_flops, again.total_cpu_flops) == (again.ane_flops, again.cpu_flops)
+
+
 def test_inference_only() -> None:
     tokens, targets = batch(GQA, B, T)
     expected = cpu_model(GQA).forward(tokens, targets, training=False)
@@ -230,6 +264,21 @@ def test_refused_backward_with_jobs_aside_or_not() -> None:
     assert found[0] == found[2]
     assert found[1] == found[3]
     assert found[0] != found[1]
+
+
+def test_the_trace_says_what_the_cpu_does_instead() -> None:
+    model = refusing(MHA, "compile-fails", 4, numerics="fast")  # wo_bwd
+    check(lib.anellm_trace_enable(4096))
+    try:
+        forward(model, *batch(MHA, 1, 8), "wo_bwd")
+        model.backward()
+        events = take_trace()
+    finally:
+        check(lib.anellm_trace_enable(0))
+    caller = [(name, layer) for name, row, layer, *_ in events if row == lib.ANELLM_TRACE_CALLER]
+    assert {("attention", 0), ("attention", 1), ("attention_backward", 1), ("attention_backward", 0)} <= set(caller)
+    device = [name for name, row, *_ in events if row == lib.ANELLM_TRACE_DEVICE and name != "compile"]
+    assert device == [*FORWARD["ane"] * 2, *["ffn_bwd_w2", "ffn_bwd_w13"] * 2]
 
 
 def test_the_c_entries() -> None:

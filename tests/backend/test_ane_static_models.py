@@ -210,6 +210,21 @@ def test_an_overflow_costs_one_more_compile() -> None:
     assert stats(model).compiles == PER_LAYER * MHA.n_layers + 1
 
 
+@pytest.mark.parametrize("number", range(4), ids=BACKWARD)
+def test_an_infinite_gradient_is_computed_again(number: int) -> None:
+    """From what went in the first time: backward's outputs go where its inputs came from."""
+    tokens, targets = batch(GQA, B, T)
+    cpu, model = cpu_model(GQA), static(GQA)
+    for each in (cpu, model):
+        each.forward(tokens, targets)
+    simulator(model).inject("eval-inf", after=number, count=1)
+    for each in (cpu, model):
+        each.backward()
+    assert stats(model).retries == 1
+    assert_near(model, cpu)
+    assert stats(model).compiles == PER_LAYER * GQA.n_layers
+
+
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"])
 def test_weights_beyond_fp16(name: str) -> None:
     model = static(GQA)

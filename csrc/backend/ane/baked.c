@@ -81,15 +81,16 @@ int anellm_ane_bake(struct anellm_ane_engine *engine, int id, int64_t layer, con
     struct anellm_ane_own *own = &p->own[layer];
     if (is_current(engine, own, id, layer)) return ANELLM_OK;
     if (layer < engine->hold_first || layer >= engine->hold_last)
-        return anellm_fail_in("anellm_model_ane_hold", ANELLM_INVALID, "program %s of layer %lld is needed; layers %lld "
-                              "up to %lld are held", anellm_ane_program_name(id), (long long)layer,
-                              (long long)engine->hold_first, (long long)engine->hold_last);
+        return anellm_fail_in("anellm_model_ane_hold", ANELLM_INVALID,
+                              "program %s of layer %lld is needed; layers %lld up to %lld are held",
+                              anellm_ane_program_name(id), (long long)layer, (long long)engine->hold_first,
+                              (long long)engine->hold_last);
     anellm_ane_release(engine, own);
     struct anellm_ane_weights weights = list_weights(&engine->config, w);
     ANELLM_TRY(scale_weights(engine, own, id, layer, &weights));
     ANELLM_TRY(anellm_ane_build(engine, &own->handle, &p->flops, id, &engine->set->shape, &weights, layer));
-    const int status = anellm_ane_make_request(own->handle, &own->request, p->inputs[p->n_inputs == 1 ? 0 : layer].surface,
-                                               p->output);
+    const struct anellm_ane_input *input = &p->inputs[p->n_inputs == 1 ? 0 : layer];
+    const int status = anellm_ane_make_request(own->handle, &own->request, input->surface, p->output);
     own->weights = engine->weights;
     if (status != ANELLM_OK) anellm_ane_release(engine, own);
     return status;

@@ -5,6 +5,7 @@
 #include "core/trace.h"
 
 #include <stdio.h>
+#include <string.h>
 
 static int64_t count_compiles(const struct anellm_ane_engine *engine) {
     anellm_ane_counters counters;
@@ -12,7 +13,10 @@ static int64_t count_compiles(const struct anellm_ane_engine *engine) {
 }
 
 int anellm_ane_is_spent(const struct anellm_ane_engine *engine) {
-    return count_compiles(engine) >= ANELLM_ANE_PROCESS_COMPILES;
+    enum { KNOWN_LIMIT = 119 }; /* of a process on hardware (Q15) */
+    anellm_ane_error error;
+    if (count_compiles(engine) > KNOWN_LIMIT) return 1;
+    return anellm_ane_get_error(engine->device, &error) == ANELLM_OK && strncmp(error.detail, "Q15:", 4) == 0;
 }
 
 static int check_budget(const struct anellm_ane_engine *engine, int id) {

@@ -6,17 +6,14 @@
 
 struct anellm_ane_engine;
 
-/* What a process may compile on hardware (Q15): behind that, a refusal says nothing about the program. */
-enum { ANELLM_ANE_PROCESS_COMPILES = 119 };
-
-/* Compile and load a program; weights as for anellm_ane_program_text, of that layer (-1: of none). COMPILE with the program, the shape and the
- * device's reason; UNSUPPORTED when options.compile_budget is spent; NONFINITE when a weight is beyond fp16. On failure
- * *handle is NULL. */
+/* Compile and load a program; weights as for anellm_ane_program_text, of that layer (-1: of none). COMPILE with the
+ * program, the shape and the device's reason; UNSUPPORTED when options.compile_budget is spent; NONFINITE when a weight
+ * is beyond fp16. On failure *handle is NULL. */
 int anellm_ane_build(struct anellm_ane_engine *engine, anellm_ane_program **handle, double *flops, int id,
                      const struct anellm_ane_shape *shape, const struct anellm_ane_weights *weights, int64_t layer);
 void anellm_ane_unbuild(struct anellm_ane_engine *engine, anellm_ane_program *handle);
 
-/* Whether a COMPILE came of having compiled too often. */
+/* Whether a COMPILE came of having compiled too often, and says nothing about the program. */
 int anellm_ane_is_spent(const struct anellm_ane_engine *engine);
 
 #endif

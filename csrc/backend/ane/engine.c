@@ -227,9 +227,9 @@ static void begin_pass(struct anellm_ane_engine *engine) {
 int anellm_ane_begin_layer(struct anellm_ane_engine *engine, const struct anellm_step *step) {
     const int fits = engine->set != NULL && engine->rows.B == step->B && engine->rows.T == step->T &&
                      count_missing(engine, engine->set, step->training) == 0;
-    if (step->layer > 0 && fits) return ANELLM_OK;
+    if (fits && (step->layer > 0 || step->again)) return ANELLM_OK;
     ANELLM_TRY(anellm_ane_use(engine, step->B, step->T, step->training));
-    begin_pass(engine);
+    if (!step->again) begin_pass(engine);
     return ANELLM_OK;
 }
 

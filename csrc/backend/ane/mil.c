@@ -203,7 +203,8 @@ static void fill_weights(struct emitter *e, const char *file, uint16_t *out, int
         if (strcmp(e->weights->list[i].file, file) == 0) m = &e->weights->list[i];
     if (e->weights == NULL) return;
     if (m == NULL || m->w == NULL || m->rows * m->columns != n) {
-        fail(e, anellm_fail(ANELLM_INTERNAL, "program generator: no weights \"%s\" of %lld values", file, (long long)n));
+        fail(e, anellm_fail(ANELLM_INTERNAL, "program generator: no weights \"%s\" of %lld values", file,
+                            (long long)n));
         return;
     }
     const float most = anellm_ane_write_weights(out, m->transposed ? m->rows : m->columns, m->w, m->columns, m->rows,

@@ -1,8 +1,8 @@
 /* The programs that a model runs on the Neural Engine: what each is called, where its inputs and outputs lie, its text.
  *
- * A dynamic program depends on the shape of the model and on B and Tp, never on weights: those are inputs, packed beside
- * the activations in the width, so that every program is compiled once and serves all layers. A static program has one
- * layer's weights as constants, in weight files, and multiplies by them in convolutions of 1 x 1. One input surface and one
+ * A dynamic program depends on the shape of the model and on B and Tp, never on weights: those are inputs, packed
+ * beside the activations in the width, so that every program is compiled once and serves all layers. A static program
+ * has one layer's weights as constants, in weight files, and multiplies by them in convolutions of 1 x 1. One input surface and one
  * output surface per program, so the order of names cannot matter (Q08, Q11), nor their number and sizes (Q07, Q10,
  * Q36, Q37). What each evaluates, with a drawing, is in docs/ane.md.
  *
@@ -104,8 +104,8 @@ struct anellm_ane_text {
     int64_t n_files;
     anellm_ane_file files[ANELLM_ANE_MAX_FILES]; /* their paths and bytes are owned too */
     double flops;                                /* 2 x multiply-adds of the matrix products of one evaluation */
-    float weights_most;                          /* max |w| of the weights in it, inf with inf or NaN, and whose it is */
-    const char *weights_largest;
+    float weights_most;                          /* max |w| of the weights in it, inf with inf or NaN, */
+    const char *weights_largest;                 /* and whose it is */
 };
 
 /* Names of the input and the output of every program's function. */

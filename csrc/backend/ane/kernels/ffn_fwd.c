@@ -17,7 +17,8 @@ static void emit(struct emitter *e, const struct emit_tensor *input, const struc
     const struct emit_tensor h = ane_rows(e, input, in, "h"), w1 = ane_weight(e, input, in, "w1");
     const struct emit_tensor w3 = ane_weight(e, input, in, "w3"), w2 = ane_weight(e, input, in, "w2");
     const struct emit_tensor gate = emit_matmul(e, "gate", &h, &w1, 0), up = emit_matmul(e, "up", &h, &w3, 0);
-    const struct emit_tensor sigmoid = ane_sigmoid(e, &gate, NULL), silu = emit_binary(e, "silu", "mul", &gate, &sigmoid);
+    const struct emit_tensor sigmoid = ane_sigmoid(e, &gate, NULL);
+    const struct emit_tensor silu = emit_binary(e, "silu", "mul", &gate, &sigmoid);
     const struct emit_tensor act = emit_binary(e, "act", "mul", &silu, &up);
     const struct emit_tensor y = emit_matmul(e, "y", &act, &w2, EMIT_Y_TRANSPOSED); /* w2 (dim, hidden) */
     const struct emit_tensor planes[3] = {ane_rows_to_plane(e, "y", &y), ane_rows_to_plane(e, "gate", &gate),

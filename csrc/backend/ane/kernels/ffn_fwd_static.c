@@ -13,7 +13,8 @@ static void emit(struct emitter *e, const struct emit_tensor *input, const struc
     const struct emit_tensor h = emit_field(e, input, anellm_ane_find(in, "h"));
     const struct emit_tensor gate = emit_conv(e, "gate", &h, "w1", d->hidden);
     const struct emit_tensor up = emit_conv(e, "up", &h, "w3", d->hidden);
-    const struct emit_tensor sigmoid = ane_sigmoid(e, &gate, NULL), silu = emit_binary(e, "silu", "mul", &gate, &sigmoid);
+    const struct emit_tensor sigmoid = ane_sigmoid(e, &gate, NULL);
+    const struct emit_tensor silu = emit_binary(e, "silu", "mul", &gate, &sigmoid);
     const struct emit_tensor act = emit_binary(e, "act", "mul", &silu, &up);
     const struct emit_tensor planes[3] = {emit_conv(e, "y", &act, "w2", d->dim), gate, up};
     emit_output(e);
