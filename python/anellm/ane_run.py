@@ -148,10 +148,23 @@ class EngineRun:
             "steps": self._steps,
         }
 
-    def go_on(self, partial: Mapping[str, Any]) -> None:
-        """Count on from where another process was, which gave this by partial()."""
-        if self.engine is None or not partial:
+    def go_on(self, partial: Mapping[str, Any], path: Path) -> None:
+        """Count on from where another process was, which gave this by partial(), and which stood in a file.
+
+        Raises:
+            CheckpointError: when it is none of this model's.
+        """
+        if self.engine is None:
             return
+        n = {"counts": 3, "activations": len(self.engine.activations()), "flops": 2, "modelled_ms": None, "steps": None}
+        for name, length in n.items():
+            found = partial.get(name)
+            numbers = found if isinstance(found, list) else [found]
+            right = isinstance(found, list) == (length is not None) and len(numbers) == (length or 1)
+            if not right or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
+                raise CheckpointError(
+                    f"{path}: partial: {name}: expected {length or 'a'} number{'s' if length else ''}, found {found!r:.80}"
+                )
         ane, cpu = self._total_flops()
         self._flops_before = ane - partial["flops"][0], cpu - partial["flops"][1]
         self._modelled_ms, self._steps = partial["modelled_ms"], partial["steps"]

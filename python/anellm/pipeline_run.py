@@ -6,7 +6,6 @@ docs/pipeline.md has the order of a step, what survives, and what happens after 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import tempfile
 import time
@@ -320,8 +319,3 @@ class PipelineRun:
         if self._temporary is not None:
             with contextlib.suppress(OSError):
                 self._temporary.cleanup()
-
-
-def is_time(value: object) -> bool:
-    """Return whether a stored value is a time in seconds."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

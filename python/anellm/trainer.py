@@ -34,11 +34,11 @@ from anellm.measure import Measurement, measure
 from anellm.metrics import rss_mib
 from anellm.model import GradNorm
 from anellm.optim import AdamW, clip_scale
-from anellm.pipeline_run import PipelineRun, is_time
+from anellm.pipeline_run import PipelineRun
 from anellm.profile import Tracer
 from anellm.rundir import AUTO, RunDirectory
 from anellm.schedule import default_learning_rate, learning_rate
-from anellm.state import TrainState
+from anellm.state import TrainState, check_between
 
 if TYPE_CHECKING:
     from anellm.data import TokenDataset
@@ -275,21 +275,18 @@ class Trainer:
             return False
         if values is None:
             return False
-        what = str(pipeline.path)
-        if values.keys() != {"state", "ane", "stop", "last_saved", "partial", "step_seconds"}:
-            raise CheckpointError(f"{what}: run: expected other keys, found {', '.join(sorted(values))}")
-        state, last = TrainState.from_dict(values["state"], what), values["last_saved"]
-        if not isinstance(values["partial"], dict) or not is_time(values["step_seconds"]):
-            raise CheckpointError(f"{what}: partial, step_seconds: expected an object and a time")
+        what = f"{pipeline.path}: run"
+        check_between(values, what)
+        state = TrainState.from_dict(values["state"], what)
         self._check_data(pipeline.path, state)
         self.optimizer.load_state_dict({"step": state.optimizer_step})
         if values["ane"] is not None:
             self._ane.load(values["ane"], pipeline.path)
         self._take_state(state)
-        self._ane.go_on(values["partial"])
+        self._ane.go_on(values["partial"], pipeline.path)
         self._partial, self._step_start = values["partial"], time.perf_counter() - values["step_seconds"]
         self._stop = self._handover is not None and values["stop"] is True
-        self._last_saved = last if isinstance(last, int) else None
+        self._last_saved = values["last_saved"]
         self._going_on = True
         return True
 

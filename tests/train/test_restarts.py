@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from anellm import checkpoint, image, metrics, pipeline_run, safeio
-from anellm.ane_run import STATE
+from anellm.ane_run import STATE, EngineRun
 from anellm.config import ModelConfig, TrainConfig
 from anellm.data import TokenDataset
 from anellm.errors import BusyError, CheckpointError, CompileError, ConfigError, DeviceError, UnavailableError
@@ -25,7 +25,7 @@ from anellm.model import Model
 from anellm.pipeline import CompileBudget, plan
 from anellm.pipeline_run import MAX_IDLE, STATE_FILE
 from anellm.stages import Stages
-from anellm.state_file import DATA_OFFSET
+from anellm.state_file import DATA_OFFSET, StateFile, StateKey
 from anellm.trainer import Trainer, TrainResult
 
 STEPS = 2
@@ -187,6 +187,26 @@ def test_a_script_survives(tmp_path: Path, options: dict[str, Any]) -> None:
         assert last["modelled_ms"] > 0
 
 
+def test_a_deep_model_trains_under_the_real_budget(tmp_path: Path) -> None:
+    """llama1b's 22 layers, at small widths: 132 programs, where a process may compile 119."""
+    shape = ModelConfig(dim=16, hidden_dim=24, n_layers=22, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
+    found: list[Any] = []
+    config = TrainConfig(
+        device="ane-sim", ane_mode="static", steps=1, batch_size=2, seq_len=16, activation_checkpoint="sqrt",
+        learning_rate=1e-3, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    model = Model(shape, "cpu", seed=3)
+    result = Trainer(model, config, DATA, callbacks=(found.append,)).train()
+    assert (result.images["groups"], result.images["restarts"], result.images["compiles"]) == (2, 2, 102 + 30 + 102)
+    (staged,) = (record for record in found if record["kind"] == "step")
+    plain: list[Any] = []
+    on_cpu = TrainConfig(steps=1, batch_size=2, seq_len=16, learning_rate=1e-3)
+    Trainer(Model(shape, "cpu", seed=3), on_cpu, DATA, callbacks=(plain.append,)).train()
+    expected = next(record for record in plain if record["kind"] == "step")
+    assert staged["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert staged["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.02)
+
+
 def test_a_model_stays_usable() -> None:
     found: list[Any] = []
     trainer = make_trainer(None, found, compile_budget=14)
@@ -327,6 +347,63 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match="magic: expected"):
         train(tmp_path / "run", compile_budget=14, resume="auto")
     assert (tmp_path / "run" / STATE_FILE).read_text() == "notes"
+
+
+WRONG: list[tuple[Any, str]] = [
+    ({}, "expected the keys pipeline, run"),
+    ({"run": {}, "pipeline": {}}, "pipeline: expected the keys in_step"),
+    ({"run": [], "pipeline": None}, "pipeline: expected the keys in_step"),
+    (("pipeline", "in_step", 1), "in_step: expected a bool from 0, found 1"),
+    (("pipeline", "restarts", -1), "restarts: expected a int from 0, found -1"),
+    (("pipeline", "restarts", 2**60), "restarts: expected a int"),
+    (("pipeline", "restart_seconds", 1), "restart_seconds: expected a float"),
+    (("pipeline", "nonce", None), "nonce: expected a str"),
+    (("run", "state", {}), "expected the keys step, tokens"),
+    (("run", "state", None), "state: expected an object, found None"),
+    (("run", "more", 1), "run: expected the keys"),
+    (("run", "partial", 1), "partial: expected an object"),
+    (("run", "step_seconds", -1.0), "step_seconds: expected a time"),
+    (("run", "step_seconds", "1"), "step_seconds: expected a time"),
+    (("run", "ane", 3), "ane: expected an object or null, found 3"),
+]
+
+
+def test_values_of_a_state_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_run, "ChildImage", Here)
+    stopped_run(tmp_path / "run", monkeypatch, 2)
+    key = StateKey(SHAPE, 4, 16, 1, (0, 2))
+    path = tmp_path / "run" / STATE_FILE
+    for change, message in WRONG:
+        file = StateFile.open(path, key)
+        good = file.commit
+        wrong: Any = change
+        if isinstance(change, tuple):
+            part, name, value = change
+            wrong = {**good.values, part: {**good.values[part], name: value}}
+        file.store(good._replace(values=wrong))
+        with pytest.raises(CheckpointError, match=message) as caught:
+            train(tmp_path / "run", compile_budget=14, resume="auto")
+        assert STATE_FILE in str(caught.value)
+        file.store(good)
+        file.close()
+    for words, message in (((0, 9, 0, 0, 0), "phase: expected 0 to 3"), ((0, 0, 7, 0, 0), "unit: expected 0 to 0")):
+        file = StateFile.open(path, key)
+        file.store(good._replace(words=words))
+        file.close()
+        with pytest.raises(CheckpointError, match=f"{STATE_FILE}: schedule state: {message}"):
+            train(tmp_path / "run", compile_budget=14, resume="auto")
+
+
+def test_what_an_engine_counts_on_from_is_checked(tmp_path: Path) -> None:
+    run = EngineRun(Model(SHAPE, "ane-sim", seed=3).ane)
+    run.begin_step()
+    good = run.partial()
+    run.go_on(good, tmp_path)
+    for name in good:
+        for value in (None, "x", [1], [True] * 3, {}):
+            with pytest.raises(CheckpointError, match=f"{tmp_path}: partial: {name}: expected"):
+                run.go_on({**good, name: value}, tmp_path)
+    EngineRun(None).go_on({}, tmp_path)
 
 
 def test_flags_that_cannot_be_are_refused() -> None:
