@@ -163,7 +163,7 @@ class EngineRun:
             right = isinstance(found, list) == (length is not None) and len(numbers) == (length or 1)
             if not right or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
                 raise CheckpointError(
-                    f"{path}: partial: {name}: expected {length or 'a'} number{'s' if length else ''}, found {found!r:.80}"
+                    f"{path}: partial: {name}: expected {length or 1} numbers, found {found!r:.80}"
                 )
         ane, cpu = self._total_flops()
         self._flops_before = ane - partial["flops"][0], cpu - partial["flops"][1]
