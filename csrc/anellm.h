@@ -57,6 +57,24 @@ int anellm_bandwidth_gbs(double *gbs, int64_t bytes, int threads, double seconds
 int anellm_matmul_ladder(float *C, const float *A, const float *B, int64_t M, int64_t N, int64_t K, int rung);
 const char *anellm_matmul_rung(int rung);         /* "naive", "reordered", ...; NULL after the last */
 
+/* ---- energy and heat of this machine (csrc/core/power.h; docs/metrics.md) -------------------------------------- */
+enum anellm_thermal {                             /* NSProcessInfo's thermal states */
+    ANELLM_THERMAL_UNKNOWN = -1, ANELLM_THERMAL_NOMINAL = 0, ANELLM_THERMAL_FAIR = 1, ANELLM_THERMAL_SERIOUS = 2,
+    ANELLM_THERMAL_CRITICAL = 3
+};
+typedef struct anellm_power anellm_power;
+typedef struct {
+    char source[16];                              /* "ioreport": of the machine; "process": of this process' CPU time;
+                                                     "": no energy is known */
+    double cpu, gpu, ane, dram;                   /* joules since it was opened; negative where not known */
+    int32_t thermal, reserved;                    /* enum above */
+} anellm_power_reading;
+/* library: NULL, what this system has; or the path of a library that exports anellm_power_library_open. UNAVAILABLE
+ * where neither energy nor heat can be known this way. */
+int anellm_power_open(anellm_power **power, const char *library);
+int anellm_power_read(anellm_power *power, anellm_power_reading *reading);
+void anellm_power_close(anellm_power *power);
+
 /* ---- counter-based random numbers (Philox4x32-10, Salmon et al. 2011) ---------------------------------------- */
 /* Pure functions of (seed, stream, counter): no state, so any place in a sequence can be reached directly. */
 uint64_t anellm_rng_u64(uint64_t seed, uint64_t stream, uint64_t counter);

@@ -1,6 +1,7 @@
-"""Mistakes that could be made in device_ane.m: what to replace by what, once. The driver must fail with each.
+"""Mistakes that could be made in Objective-C: what to replace by what, once. The driver must fail with each.
 
-``find`` stands in device_ane.m exactly once. Those of LEAKS lose memory that no counter sees: leak checkers find them.
+MUTANTS and LEAKS are of device_ane.m, POWER_MUTANTS of power_apple.m. ``find`` stands there exactly once. Those of
+LEAKS lose memory that no counter sees: leak checkers find them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A change of device_ane.m."""
+    """A change of a source."""
 
     name: str
     find: str
@@ -138,6 +139,54 @@ LEAKS = [
     Mutant("spare_folder_leaked", "    free(fresh);\n", ""),
     Mutant("surfaces_of_a_request_leaked", "    free(request->surfaces);\n", ""),
     Mutant("device_leaked", "    pthread_mutex_destroy(&device->mutex);\n    free(device);\n", ""),
+]
+
+POWER_MUTANTS = [
+    Mutant("old_sample_leaked", "    CFRelease(power->sample);\n    power->sample = now;", "    power->sample = now;"),
+    Mutant("new_sample_leaked", "        CFRelease(now);\n        return;", "        return;"),
+    Mutant("delta_leaked", "    CFRelease(delta);\n", ""),
+    Mutant("delta_released_twice", "    CFRelease(delta);\n", "    CFRelease(delta);\n    CFRelease(delta);\n"),
+    Mutant("last_sample_leaked", "if (power->sample != NULL) CFRelease(power->sample);", ""),
+    Mutant("sample_unchecked", "if (now == NULL) return;", ""),
+    Mutant("delta_unchecked", "if (delta == NULL) {", "if (power == NULL) {"),
+    Mutant("channels_cannot_be_changed", "[(NSDictionary *)channels mutableCopy]", "[(NSDictionary *)channels retain]"),
+    Mutant("channels_unchecked", "if (channels == NULL) return;", ""),
+    Mutant("subscription_unchecked", "if (ioreport.subscription == NULL) return;", ""),
+    Mutant("parts_counted", 'hasSuffix:@"CPU Energy"', 'hasSuffix:@"CPU"'),
+    Mutant("one_die_counted", '[name hasSuffix:@"CPU Energy"]', '[name isEqual:@"DIE_0_CPU Energy"]'),
+    Mutant("one_engine_counted", '[name hasPrefix:@"ANE"]', '[name hasPrefix:@"ANE0_0"]'),
+    Mutant("label_ignored", "strncmp(text, units[i].name, 2) == 0", "text[1] != 0"),
+    Mutant("counts_back", "if (count > 0) power", "if (count != 0) power"),
+    Mutant("counted_from_another_start", "        power->joules[i] = 0.0;\n        known", "        known"),
+    Mutant("nothing_is_something", "if (begin_count(power)) return;", "if (begin_count(power) + 1) return;"),
+    Mutant(
+        "exception_passes",
+        "            start_ioreport(power);\n        } @catch (id exception)",
+        "            start_ioreport(power);\n        } @catch (NSString *exception)",
+    ),
+    Mutant(
+        "reading_exception_passes",
+        "read_thermal();\n        } @catch (id exception)",
+        "read_thermal();\n        } @catch (NSString *exception)",
+    ),
+    Mutant(
+        "no_pool",
+        "    @autoreleasepool {\n        @try {\n            read_energy",
+        "    {\n        @try {\n            read_energy",
+    ),
+    Mutant(
+        "process_unchecked",
+        "(rusage_info_t *)(void *)&usage) != 0) return 0;",
+        "(rusage_info_t *)(void *)&usage) > 0) return 0;",
+    ),
+    Mutant("other_count", "*nanojoules = usage.ri_energy_nj;", "*nanojoules = usage.ri_billed_energy;"),
+    Mutant("process_goes_back", "now > power->process_start ? 1e-9", "now > 0 ? 1e-9"),
+    Mutant("nothing_is_0", "return usage.ri_energy_nj > 0;", "return 1;"),
+    Mutant(
+        "thermal_beyond",
+        "state >= ANELLM_THERMAL_NOMINAL && state <= ANELLM_THERMAL_CRITICAL ?",
+        "state >= ANELLM_THERMAL_NOMINAL ?",
+    ),
 ]
 
 

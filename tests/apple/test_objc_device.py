@@ -15,16 +15,22 @@ from pathlib import Path
 
 import pytest
 from objc_mutants import LEAKS, MUTANTS, Mutant, mutate
-from objc_tools import HERE, PACKAGES, build, environment, left_in, run_python
+from objc_tools import (
+    HERE,
+    PACKAGES,
+    SANITIZERS,
+    VALGRIND,
+    build,
+    environment,
+    has_sanitizers,
+    left_in,
+    run_python,
+)
 
 from anellm.ane import AneDevice
 from anellm.device import AneOptions
 
 SOURCE = HERE.parents[1] / "csrc" / "backend" / "ane" / "device_ane.m"
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-VALGRIND = ["valgrind", "-q", "--leak-check=full", "--num-callers=40", "--show-leak-kinds=definite",
-            "--errors-for-leak-kinds=definite", "--error-exitcode=9",
-            f"--suppressions={HERE / 'valgrind.supp'}"]  # fmt: skip
 
 
 def drive(built: Path, tmp: Path, *checker: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -56,10 +62,7 @@ def test_valgrind(built: Path, tmp_path: Path) -> None:
 
 def test_sanitizers(built: Path, tmp_path: Path) -> None:
     """Addresses, undefined behaviour, leaks."""
-    found = subprocess.run(
-        ["clang", "-print-file-name=libclang_rt.asan-x86_64.a"], capture_output=True, text=True, check=True
-    )
-    if not Path(found.stdout.strip()).is_absolute():
+    if not has_sanitizers():
         pytest.skip(f"needs clang's sanitizers: {PACKAGES}")
     out = build(tmp_path / "asan", FLAGS=SANITIZERS, OBJECTS=str(built / "objects"))
     done = drive(
