@@ -18,6 +18,8 @@ settings.register_profile(
 )
 settings.load_profile("anellm")
 
+os.environ["ANELLM_POWER"] = "off"  # what a machine takes is in its metrics; tests that want it turn it on
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,33 @@ def test_mutants(mutant: Mutant, built: Path, tmp_path: Path) -> None:
         if done.returncode != 0 or "without pool" in done.stderr:
             return
     pytest.fail(f"nothing notices {mutant.name}")
+
+
+def test_training(built: Path, tmp_path: Path) -> None:
+    """What the fake machine takes is in the metrics, whatever computes: 1.875 W of 2 s a sample."""
+    more = {"ANELLM_IOREPORT": str(built / "libIOReport.so"), "SHIM_THERMAL": "1", "ANELLM_POWER": ""}
+    env = environment(built, tmp_path / "tmp", **more)
+    size = ["--preset", "tiny", "--steps", "3", "--batch-size", "1", "--seq-len", "32", "--eval-interval", "0"]
+    for device in ("ane", "cpu"):
+        more_flags = ["--device", device, "--out", device, "--json", f"{device}.json", "--sample-tokens", "0"]
+        command = [sys.executable, "-m", "anellm.train", *size, *more_flags]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "ioreport), 0.0781 J a token, thermal state up to fair\n" in done.stdout
+        records = [json.loads(line) for line in (tmp_path / device / "metrics.jsonl").read_text().splitlines()]
+        logged = [record for record in records if record["kind"] == "step" and "watts" in record]
+        assert [record["step"] for record in logged] == [1, 3]
+        for record, steps in zip(logged, (1, 2), strict=True):
+            assert record["joules_per_token"] == pytest.approx(3.75 / 32 / steps)
+            assert record["watts_ane"] == pytest.approx(record["watts"] * 0.25 / 1.875)
+            assert (record["power_source"], record["thermal_state"]) == ("ioreport", "fair")
+        found = json.loads((tmp_path / f"{device}.json").read_text())
+        assert found["joules"] == pytest.approx(7.5)
+        assert found["worst_thermal_state"] == "fair"
+
+
+def test_info(built: Path, tmp_path: Path) -> None:
+    env = environment(built, tmp_path / "tmp", ANELLM_IOREPORT="/nowhere/IOReport", ANELLM_POWER="", SHIM_THERMAL="3")
+    command = [sys.executable, "-m", "anellm.info"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "\nenergy        not counted; thermal state critical\n" in done.stdout
