@@ -17,6 +17,7 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)  # what matrix products can multiply
 MAX_THREADS = 256
 NUMERICS = ("exact", "fast")
 SOFTMAX = ("ane", "cpu")
+QOS = ("auto", "background", "utility", "default", "user-initiated", "user-interactive")  # enum anellm_ane_qos_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class AneOptions:
         scaling: scale gradients by powers of two, so that the engine's sums neither lose nor overflow them, and the
             loss as well (see anellm.loss_scaler). Without it training stalls: it is there to show that.
         softmax: where attention's softmax and its causal mask are computed: "ane" or "cpu".
+        qos: quality of service that a real engine's calls ask macOS for, one of QOS; "auto": ANELLM_ANE_QOS, else the
+            fastest by measurement, on first use.
 
     Raises:
         InvalidError: naming the field, what was expected and what was found.
@@ -39,11 +42,12 @@ class AneOptions:
     numerics: str = "fast"
     scaling: bool = True
     softmax: str = "ane"
+    qos: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.chip, str) or not self.chip or "\0" in self.chip:
             raise InvalidError(f"chip: expected a name or the path of a .json file, found {self.chip!r}")
-        for name, known in (("numerics", NUMERICS), ("softmax", SOFTMAX)):
+        for name, known in (("numerics", NUMERICS), ("softmax", SOFTMAX), ("qos", QOS)):
             value = getattr(self, name)
             if value not in known:
                 raise InvalidError(f"{name}: expected one of {', '.join(known)}, found {value!r}")

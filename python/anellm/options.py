@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from anellm.device import DEVICES, MAX_THREADS, NUMERICS, SOFTMAX, AneOptions, named_device
+from anellm.device import DEVICES, MAX_THREADS, NUMERICS, QOS, SOFTMAX, AneOptions, named_device
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -303,6 +303,7 @@ _DEVICE_OPTIONS = {
     "numerics": ("ane-sim",),
     "ane_scaling": ("ane", "ane-sim"),
     "ane_softmax": ("ane", "ane-sim"),
+    "ane_qos": ("ane",),
 }
 
 
@@ -332,6 +333,13 @@ class DeviceOptions(CommonOptions):
     ane_softmax: str | None = option(
         None, "where ANE devices have attention's softmax computed [ane]", choices=SOFTMAX, group="machine"
     )
+    ane_qos: str | None = option(
+        None,
+        "quality of service of a real engine's calls; auto measures which is fastest; environment: ANELLM_ANE_QOS "
+        "[auto]",
+        choices=QOS,
+        group="machine",
+    )
 
     def __post_init__(self) -> None:
         device = named_device(self.device)
@@ -346,7 +354,13 @@ class DeviceOptions(CommonOptions):
     def _given(self) -> dict[str, Any]:
         """Return the fields of AneOptions that are given."""
         scaling = None if self.ane_scaling is None else self.ane_scaling == "on"
-        fields = {"chip": self.chip, "numerics": self.numerics, "scaling": scaling, "softmax": self.ane_softmax}
+        fields = {
+            "chip": self.chip,
+            "numerics": self.numerics,
+            "scaling": scaling,
+            "softmax": self.ane_softmax,
+            "qos": self.ane_qos,
+        }
         return {name: value for name, value in fields.items() if value is not None}
 
     def ane_options(self) -> AneOptions | None:
@@ -372,6 +386,7 @@ class DeviceOptions(CommonOptions):
             "numerics": options.numerics,
             "ane_scaling": "on" if options.scaling else "off",
             "ane_softmax": options.softmax,
+            "ane_qos": options.qos,
         }
         values |= dict.fromkeys(unused_device_options(device))
         return dataclasses.replace(self, device=device, **values)

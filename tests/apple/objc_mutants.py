@@ -1,7 +1,7 @@
 """Mistakes that could be made in Objective-C: what to replace by what, once. The driver must fail with each.
 
-MUTANTS and LEAKS are of device_ane.m, POWER_MUTANTS of power_apple.m. ``find`` stands there exactly once. Those of
-LEAKS lose memory that no counter sees: leak checkers find them.
+MUTANTS, QOS_MUTANTS and LEAKS are of device_ane.m, POWER_MUTANTS of power_apple.m. ``find`` stands there exactly once.
+Those of LEAKS lose memory that no counter sees: leak checkers find them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant("surface_leaked", "if (surface->surface != NULL) CFRelease(surface->surface);", ""),
     Mutant("no_pool", "    @autoreleasepool {\n        @try", "    {\n        @try"),
     Mutant("exception_passes", "@catch (id exception)", "@catch (NSString *exception)"),
-    Mutant("other_qos", "DEFAULT_QOS = 21", "DEFAULT_QOS = 33"),
+    Mutant("other_qos", "program->qos = (unsigned int)device->qos;", "program->qos = 33;"),
     Mutant(
         "never_unloaded",
         'return guarded(program->device, ANELLM_COMPILE, "unloadWithQoS", unload_body, program);',
@@ -44,8 +44,8 @@ MUTANTS = [
     ),
     Mutant(
         "load_unchecked",
-        "if (![program->model loadWithQoS:program->device->qos options:@{} error:&error])",
-        "if (![program->model loadWithQoS:program->device->qos options:@{} error:&error] && error == (id)program)",
+        "if (![program->model loadWithQoS:program->qos options:@{} error:&error])",
+        "if (![program->model loadWithQoS:program->qos options:@{} error:&error] && error == (id)program)",
     ),
     Mutant(
         "evaluate_unchecked",
@@ -54,8 +54,8 @@ MUTANTS = [
     ),
     Mutant(
         "unload_unchecked",
-        "if (![program->model unloadWithQoS:program->device->qos error:&error])",
-        "if (![program->model unloadWithQoS:program->device->qos error:&error] && error == (id)program)",
+        "if (![program->model unloadWithQoS:program->qos error:&error])",
+        "if (![program->model unloadWithQoS:program->qos error:&error] && error == (id)program)",
     ),
     Mutant(
         "write_unchecked",
@@ -103,9 +103,7 @@ MUTANTS = [
         "modelWithMILText:text weights",
         "modelWithMILText:(NSData *)[NSString stringWithUTF8String:call->mil] weights",
     ),
-    Mutant(
-        "options_nil", "loadWithQoS:program->device->qos options:@{}", "loadWithQoS:program->device->qos options:nil"
-    ),
+    Mutant("options_nil", "loadWithQoS:program->qos options:@{}", "loadWithQoS:program->qos options:nil"),
     Mutant(
         "text_not_written",
         'ANELLM_TRY(write_file(program, text, [folder stringByAppendingPathComponent:@"model.mil"]));',
@@ -139,6 +137,30 @@ LEAKS = [
     Mutant("spare_folder_leaked", "    free(fresh);\n", ""),
     Mutant("surfaces_of_a_request_leaked", "    free(request->surfaces);\n", ""),
     Mutant("device_leaked", "    pthread_mutex_destroy(&device->mutex);\n    free(device);\n", ""),
+]
+
+QOS_MUTANTS = [  # for the driver that measures
+    Mutant("evaluated_under_another_qos", "evaluateWithQoS:program->qos", "evaluateWithQoS:21"),
+    Mutant("unloaded_under_another_qos", "unloadWithQoS:program->qos", "unloadWithQoS:21"),
+    Mutant("loaded_under_another_qos", "loadWithQoS:program->qos options", "loadWithQoS:21 options"),
+    Mutant("never_another_qos", "PROBE_MARGIN = 0.9", "PROBE_MARGIN = 0.0"),
+    Mutant("measured_under_one_qos", "new_device(qos, model->backoff", "new_device(21, model->backoff"),
+    Mutant("goes_on_after_a_refusal", "return compiled == ANELLM_OK;", "return 1;"),
+    Mutant("measured_each_time", "if (!measured.qos.measured) measure_qos", "if (device != NULL) measure_qos"),
+    Mutant("measured_by_nobody", "    settle_qos(device);\n    struct ane_program", "    struct ane_program"),
+    Mutant(
+        "set_qos_ignored",
+        "    device->qos = qos;\n    device->qos_measured = 0;",
+        "    device->qos_measured = 0 * qos;",
+    ),
+    Mutant("probe_surfaces_leaked", "if (surfaces[i] != NULL) ane_surface_free(surfaces[i]);", ""),
+    Mutant("probe_request_leaked", "    if (request != NULL) ane_request_free(request);\n", ""),
+    Mutant("probe_program_leaked", "    if (program != NULL) ane_program_free(program);\n", ""),
+    Mutant(
+        "probe_counts",
+        "struct ane_device *device = new_device(qos, model->backoff, model->max_compiles);",
+        "struct ane_device *device = (struct ane_device *)model; device->qos = qos; device->references++;",
+    ),
 ]
 
 POWER_MUTANTS = [
