@@ -388,12 +388,15 @@ def selftest(device: AneDevice, sizes: Sequence[Size], repeats: int = _REPEATS) 
             _show(rows[-1])
     values_found = measure(rows) | _compile_again(device, sizes, rows)
     chip = measured_chip(base, str(information["architecture"]), where, values_found)
+    if (qos := device.qos()) is not None:
+        print(f"quality of service: {qos}")
     print("measured: " + (", ".join(f"{k} {v:.4g}" for k, v in sorted(values_found.items())) or "nothing"))
     states = [row.state for row in rows]
     print(f"{len(rows)} programs: " + ", ".join(f"{states.count(s)} {s}" for s in ("ok", "wrong", "refused")))
     report = {
         "device": device.name,
         "information": information,
+        "qos": None if qos is None else qos._asdict(),
         "nearest_chip": base.name,
         "modelled_times": modelled,
         "max_error": MAX_ERROR,

@@ -18,6 +18,7 @@ MAX_THREADS = 256
 NUMERICS = ("exact", "fast")
 SOFTMAX = ("ane", "cpu")
 FALLBACK = ("cpu", "error")
+QOS = ("auto", "background", "utility", "default", "user-initiated", "user-interactive")  # enum anellm_ane_qos_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class AneOptions:
         softmax: where attention's softmax and its causal mask are computed: "ane" or "cpu".
         fallback: what to do when a program is refused: "cpu" lets the CPU compute its part of the blocks, with a
             FallbackWarning; "error" raises a CompileError.
+        qos: quality of service that a real engine's calls ask macOS for, one of QOS; "auto": ANELLM_ANE_QOS, else the
+            fastest by measurement, on first use.
 
     Raises:
         InvalidError: naming the field, what was expected and what was found.
@@ -43,11 +46,13 @@ class AneOptions:
     scaling: bool = True
     softmax: str = "ane"
     fallback: str = "cpu"
+    qos: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.chip, str) or not self.chip or "\0" in self.chip:
             raise InvalidError(f"chip: expected a name or the path of a .json file, found {self.chip!r}")
-        for name, known in (("numerics", NUMERICS), ("softmax", SOFTMAX), ("fallback", FALLBACK)):
+        choices = {"numerics": NUMERICS, "softmax": SOFTMAX, "fallback": FALLBACK, "qos": QOS}
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise InvalidError(f"{name}: expected one of {', '.join(known)}, found {value!r}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from anellm.device import DEVICES, FALLBACK, MAX_THREADS, NUMERICS, SOFTMAX, AneOptions, named_device
+from anellm.device import DEVICES, FALLBACK, MAX_THREADS, NUMERICS, QOS, SOFTMAX, AneOptions, named_device
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -310,6 +310,7 @@ _DEVICE_OPTIONS = {
     "ane_scaling": ("ane", "ane-sim"),
     "ane_softmax": ("ane", "ane-sim"),
     "ane_fallback": ("ane", "ane-sim"),
+    "ane_qos": ("ane",),
 }
 
 
@@ -345,6 +346,13 @@ class DeviceOptions(CommonOptions):
         choices=FALLBACK,
         group="machine",
     )
+    ane_qos: str | None = option(
+        None,
+        "quality of service of a real engine's calls; auto measures which is fastest; environment: ANELLM_ANE_QOS "
+        "[auto]",
+        choices=QOS,
+        group="machine",
+    )
 
     def __post_init__(self) -> None:
         device = named_device(self.device)
@@ -365,6 +373,7 @@ class DeviceOptions(CommonOptions):
             "scaling": scaling,
             "softmax": self.ane_softmax,
             "fallback": self.ane_fallback,
+            "qos": self.ane_qos,
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -392,6 +401,7 @@ class DeviceOptions(CommonOptions):
             "ane_scaling": "on" if options.scaling else "off",
             "ane_softmax": options.softmax,
             "ane_fallback": options.fallback,
+            "ane_qos": options.qos,
         }
         values |= dict.fromkeys(unused_device_options(device))
         return dataclasses.replace(self, device=device, **values)

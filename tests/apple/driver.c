@@ -53,7 +53,7 @@ static const anellm_ane_profile profile = {
 static struct {
     void (*fail)(const char *, int, int, int);
     int (*count)(const char *), (*live)(void);
-    void (*expect_qos)(int), (*close)(void), (*shim_fail)(const char *, int);
+    void (*expect_qos)(int), (*slow_down)(int, int), (*close)(void), (*shim_fail)(const char *, int);
     double (*last_gap)(void);
 } fake;
 
@@ -70,6 +70,7 @@ static void find_fake(void) {
     find(&fake.count, library, "fake_ane_count");
     find(&fake.live, library, "fake_ane_live");
     find(&fake.expect_qos, library, "fake_ane_expect_qos");
+    find(&fake.slow_down, library, "fake_ane_slow_down");
     find(&fake.close, library, "fake_ane_close");
     find(&fake.last_gap, library, "fake_ane_last_gap");
     find(&fake.shim_fail, library, "shim_fail");
@@ -515,25 +516,115 @@ static void test_information(void) {
           info.system);
     CHECK(info.n_engines == 1 && info.n_cores == 16, "%d %d", info.n_engines, info.n_cores);
     anellm_ane_close(device);
-    setenv("ANELLM_ANE_QOS", "9", 1);
-    fake.expect_qos(9);
-    struct run run;
-    device = open_device(0);
-    OK(make_run(&run, device));
-    evaluate_and_check(&run, 2);
-    free_run(&run);
-    anellm_ane_close(device);
-    fake.expect_qos(21);
-    setenv("ANELLM_ANE_QOS", "64", 1);
-    CHECK(anellm_ane_open(&device, getenv("ANELLM_ANE_DEVICE"), &profile, NULL) == ANELLM_INVALID, "QoS");
-    CHECK(device == NULL, "QoS");
-    unsetenv("ANELLM_ANE_QOS");
     check_nothing_left("information");
 }
 
-int main(void) {
+/* All calls of a program that is compiled now have this QoS; so do those of the programs that were there before. */
+static void run_under(anellm_ane *device, int qos, const struct run *before) {
+    struct run run;
+    anellm_ane_qos found;
+    OK(anellm_ane_get_qos(device, &found));
+    CHECK(found.value == qos, "%d, expected %d", found.value, qos);
+    fake.expect_qos(qos);
+    OK(make_run(&run, device));
+    evaluate_and_check(&run, 2);
+    free_run(&run);
+    fake.expect_qos(-1);
+    if (before != NULL) evaluate_and_check(before, 2);
+}
+
+static void test_qos_that_is_set(void) {
+    struct run run;
+    anellm_ane_qos found;
+    setenv("ANELLM_ANE_QOS", "9", 1);
+    anellm_ane *device = open_device(0);
+    const int compiles = fake.count("compile");
+    run_under(device, 9, NULL);
+    OK(make_run(&run, device));
+    OK(anellm_ane_set_qos(device, ANELLM_ANE_QOS_USER_INTERACTIVE));
+    run_under(device, 33, &run);
+    OK(anellm_ane_get_qos(device, &found));
+    CHECK(!found.measured && found.us[0] <= 0.0 && fake.count("compile") == compiles + 3, "nothing is measured");
+    CHECK(anellm_ane_set_qos(device, 64) == ANELLM_INVALID && anellm_ane_set_qos(device, -2) == ANELLM_INVALID, "QoS");
+    CHECK(anellm_ane_get_qos(device, NULL) == ANELLM_INVALID, "NULL");
+    run_under(device, 33, &run);
+    free_run(&run);
+    anellm_ane_close(device);
+    setenv("ANELLM_ANE_QOS", "64", 1);
+    CHECK(anellm_ane_open(&device, getenv("ANELLM_ANE_DEVICE"), &profile, NULL) == ANELLM_INVALID, "QoS");
+    CHECK(device == NULL, "QoS");
+    setenv("ANELLM_ANE_QOS", "21", 1);
+    check_nothing_left("QoS");
+}
+
+/* Measured once in a process, on first use: a driver of its own for each way that it can end. */
+static void *get_in_thread(void *device) {
+    anellm_ane_qos qos;
+    OK(anellm_ane_get_qos(device, &qos));
+    return NULL;
+}
+
+static void test_measured_qos(const char *how) {
+    anellm_ane_counters c;
+    anellm_ane_qos qos;
+    int expected = ANELLM_ANE_QOS_DEFAULT, compiles = 5;
+    unsetenv("ANELLM_ANE_QOS");
+    anellm_ane *device = open_device(0), *other = open_device(0);
+    CHECK(fake.count("compile") == 0, "opening measures nothing");
+    fake.slow_down(atoi(how), 2000);
+    if (atoi(how) != 0) expected = atoi(how);
+    if (strcmp(how, "compile") == 0) {
+        fake.fail("compile", 0, 1, FAKE_ERROR); /* it gives up: each one more would wait for the service */
+        compiles = 1;
+    } else if (atoi(how) == 0) {
+        fake.fail(how, 0, 99, FAKE_ERROR);
+    }
+    pthread_t threads[2];
+    CHECK(pthread_create(&threads[0], NULL, get_in_thread, device) == 0, "thread");
+    CHECK(pthread_create(&threads[1], NULL, get_in_thread, other) == 0, "thread");
+    for (int i = 0; i < 2; i++) pthread_join(threads[i], NULL);
+    CHECK(fake.count("compile") == compiles, "%d compiles", fake.count("compile"));
+    if (atoi(how) == 0) fake.fail(how, 0, 0, 0);
+    OK(anellm_ane_get_qos(device, &qos));
+    CHECK(qos.value == expected && qos.measured, "%d", qos.value);
+    for (int i = 0; i < ANELLM_ANE_N_QOS; i++) {
+        static const int values[] = {9, 17, 21, 25, 33};
+        CHECK(qos.values[i] == values[i] && (qos.us[i] > 0.0) == (atoi(how) != 0), "%d: %g", i, qos.us[i]);
+        CHECK(atoi(how) == 0 || values[i] == expected || qos.us[i] > 2000.0, "%d: %g", i, qos.us[i]);
+    }
+    OK(anellm_ane_get_counters(device, &c));
+    CHECK(c.compiles == 0 && c.loads == 0 && c.evaluations == 0 && c.compile_failures == 0, "it counts for nobody");
+    check_nothing_left("measuring");
+    run_under(device, expected, NULL);
+    run_under(other, expected, NULL);
+    OK(anellm_ane_set_qos(other, 17));
+    run_under(other, 17, NULL);
+    OK(anellm_ane_set_qos(other, ANELLM_ANE_QOS_AUTO));
+    run_under(other, expected, NULL);
+    CHECK(fake.count("compile") == compiles + 4, "%d compiles", fake.count("compile"));
+    anellm_ane_close(other);
+    other = open_device(0);
+    struct run run;
+    fake.expect_qos(expected);
+    OK(make_run(&run, other)); /* whoever asks for nothing gets it too */
+    free_run(&run);
+    fake.expect_qos(-1);
+    anellm_ane_close(other);
+    anellm_ane_close(device);
+    check_nothing_left("a measured QoS");
+}
+
+int main(int argc, char **argv) {
     make_blob(2);
     find_fake();
+    if (argc == 2) { /* driver QOS: the one that is fast, or the step that fails */
+        test_measured_qos(argv[1]);
+        fake.close();
+        puts("ok");
+        return 0;
+    }
+    setenv("ANELLM_ANE_QOS", "21", 1);
+    fake.expect_qos(21);
     test_a_program();
     test_any_order();
     test_locks();
@@ -544,6 +635,7 @@ int main(void) {
     test_threads();
     test_refused();
     test_information();
+    test_qos_that_is_set();
     fake.close();
     puts("ok");
     return 0;

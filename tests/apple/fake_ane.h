@@ -15,7 +15,8 @@ enum fake_how { FAKE_ERROR = 0, FAKE_NO_ERROR = 1, FAKE_RAISE = 2 }; /* NO and a
 void fake_ane_fail(const char *step, int after, int times, int how);
 int fake_ane_count(const char *step); /* how often it was reached */
 int fake_ane_live(void);              /* objects of the four classes, and surfaces */
-void fake_ane_expect_qos(int qos);
+void fake_ane_expect_qos(int qos); /* negative: any, but the same for all calls of a model */
+void fake_ane_slow_down(int qos, int us); /* evaluations under any other QoS take this much longer */
 double fake_ane_last_gap(void);       /* seconds between the last two compiles */
 
 #endif

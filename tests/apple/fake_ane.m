@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "fake_ane.h"
 
@@ -34,7 +35,8 @@
 
 static anellm_ane *simulator;
 static _Atomic int live;
-static unsigned int expected_qos = 21;
+static int expected_qos = -1; /* any, but the same for all calls of a model */
+static int fast_qos, slow_us;
 static double compiled_at, last_gap;
 
 static const char *const steps[] = {"descriptor", "model",   "hex",     "compile", "load",
@@ -63,7 +65,12 @@ int fake_ane_count(const char *step) { return faults[step_named(step)].count; }
 
 int fake_ane_live(void) { return live + shim_surfaces(); }
 
-void fake_ane_expect_qos(int qos) { expected_qos = (unsigned int)qos; }
+void fake_ane_expect_qos(int qos) { expected_qos = qos; }
+
+void fake_ane_slow_down(int qos, int us) {
+    fast_qos = qos;
+    slow_us = us;
+}
 
 double fake_ane_last_gap(void) { return last_gap; }
 
@@ -121,7 +128,8 @@ void fake_ane_close(void) {
 }
 
 static void check_common(unsigned int qos, NSError **error) {
-    REQUIRE(qos == expected_qos, "QoS is %u, expected %u", qos, expected_qos);
+    REQUIRE(expected_qos < 0 || qos == (unsigned int)expected_qos, "QoS is %u, expected %d", qos, expected_qos);
+    REQUIRE(qos <= 63, "QoS is %u", qos);
     REQUIRE(error != NULL && *error == nil, "an NSError is asked for, and starts as nil");
 }
 
@@ -301,6 +309,7 @@ enum { NEW, COMPILED, LOADED, STUCK }; /* STUCK: loaded still, after an unload t
     NSString *name;
     anellm_ane_program *program;
     int state;
+    unsigned int compiled_qos;
 }
 @end
 
@@ -337,6 +346,9 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
 - (NSString *)hexStringIdentifier {
     return fails(HEX, NULL) ? @"../outside" : name;
 }
+- (void)checkQoS:(unsigned int)qos {
+    REQUIRE(qos == compiled_qos, "QoS is %u, was %u when the model was compiled", qos, compiled_qos);
+}
 - (NSData *)fileAt:(NSString *)relative {
     NSString *folder = [NSTemporaryDirectory() stringByAppendingPathComponent:name];
     return [NSData dataWithContentsOfFile:[folder stringByAppendingPathComponent:relative]];
@@ -351,6 +363,7 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
     compiled_at += last_gap;
     NSData *text = [self fileAt:@"model.mil"];
     REQUIRE([text isEqual:descriptor->text], "model.mil is in the folder of the model before it is compiled (Q58)");
+    compiled_qos = qos;
     if (fails(COMPILE, error)) return NO;
     const NSUInteger n = [descriptor->weights count];
     anellm_ane_file *files = calloc(n + 1, sizeof *files);
@@ -370,6 +383,7 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
 }
 - (BOOL)loadWithQoS:(unsigned int)qos options:(NSDictionary *)options error:(NSError **)error {
     check_common(qos, error);
+    [self checkQoS:qos];
     check_options(options);
     REQUIRE(state == COMPILED, "a model is loaded after it was compiled, and once");
     if (fails(LOAD, error)) return NO;
@@ -380,6 +394,7 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
 }
 - (BOOL)unloadWithQoS:(unsigned int)qos error:(NSError **)error {
     check_common(qos, error);
+    [self checkQoS:qos];
     REQUIRE(state == LOADED || state == STUCK, "only what is loaded is unloaded");
     if (fails(UNLOAD, error)) {
         state = STUCK;
@@ -392,12 +407,14 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
 - (BOOL)evaluateWithQoS:(unsigned int)qos options:(NSDictionary *)options request:(id)given error:(NSError **)error {
     FAKE_REQUEST *request = given;
     check_common(qos, error);
+    [self checkQoS:qos];
     check_options(options);
     REQUIRE([given isKindOfClass:[FAKE_REQUEST class]], "a model evaluates a request");
     REQUIRE(state == LOADED || state == STUCK, "a model is evaluated while it is loaded");
     for (NSUInteger i = 0; i < [request count]; i++)
         REQUIRE(shim_locks([request surfaceAt:i]) == 0, "a surface is locked while the engine computes");
     if (fails(EVALUATE, error)) return NO;
+    if (slow_us > 0 && qos != (unsigned int)fast_qos) usleep((useconds_t)slow_us);
     [request bindTo:program];
     [request copySide:0 back:0];
     const int status = program->table->evaluate(program, request->bound);

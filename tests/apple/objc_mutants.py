@@ -1,6 +1,7 @@
-"""Mistakes that could be made in device_ane.m: what to replace by what, once. The driver must fail with each.
+"""Mistakes that could be made in Objective-C: what to replace by what, once. The driver must fail with each.
 
-``find`` stands in device_ane.m exactly once. Those of LEAKS lose memory that no counter sees: leak checkers find them.
+MUTANTS, QOS_MUTANTS and LEAKS are of device_ane.m, POWER_MUTANTS of power_apple.m. ``find`` stands there exactly once.
+Those of LEAKS lose memory that no counter sees: leak checkers find them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A change of device_ane.m."""
+    """A change of a source."""
 
     name: str
     find: str
@@ -29,7 +30,7 @@ MUTANTS = [
     Mutant("surface_leaked", "if (surface->surface != NULL) CFRelease(surface->surface);", ""),
     Mutant("no_pool", "    @autoreleasepool {\n        @try", "    {\n        @try"),
     Mutant("exception_passes", "@catch (id exception)", "@catch (NSString *exception)"),
-    Mutant("other_qos", "DEFAULT_QOS = 21", "DEFAULT_QOS = 33"),
+    Mutant("other_qos", "program->qos = (unsigned int)device->qos;", "program->qos = 33;"),
     Mutant(
         "never_unloaded",
         'return guarded(program->device, ANELLM_COMPILE, "unloadWithQoS", unload_body, program);',
@@ -43,8 +44,8 @@ MUTANTS = [
     ),
     Mutant(
         "load_unchecked",
-        "if (![program->model loadWithQoS:program->device->qos options:@{} error:&error])",
-        "if (![program->model loadWithQoS:program->device->qos options:@{} error:&error] && error == (id)program)",
+        "if (![program->model loadWithQoS:program->qos options:@{} error:&error])",
+        "if (![program->model loadWithQoS:program->qos options:@{} error:&error] && error == (id)program)",
     ),
     Mutant(
         "evaluate_unchecked",
@@ -53,8 +54,8 @@ MUTANTS = [
     ),
     Mutant(
         "unload_unchecked",
-        "if (![program->model unloadWithQoS:program->device->qos error:&error])",
-        "if (![program->model unloadWithQoS:program->device->qos error:&error] && error == (id)program)",
+        "if (![program->model unloadWithQoS:program->qos error:&error])",
+        "if (![program->model unloadWithQoS:program->qos error:&error] && error == (id)program)",
     ),
     Mutant(
         "write_unchecked",
@@ -102,9 +103,7 @@ MUTANTS = [
         "modelWithMILText:text weights",
         "modelWithMILText:(NSData *)[NSString stringWithUTF8String:call->mil] weights",
     ),
-    Mutant(
-        "options_nil", "loadWithQoS:program->device->qos options:@{}", "loadWithQoS:program->device->qos options:nil"
-    ),
+    Mutant("options_nil", "loadWithQoS:program->qos options:@{}", "loadWithQoS:program->qos options:nil"),
     Mutant(
         "text_not_written",
         'ANELLM_TRY(write_file(program, text, [folder stringByAppendingPathComponent:@"model.mil"]));',
@@ -138,6 +137,78 @@ LEAKS = [
     Mutant("spare_folder_leaked", "    free(fresh);\n", ""),
     Mutant("surfaces_of_a_request_leaked", "    free(request->surfaces);\n", ""),
     Mutant("device_leaked", "    pthread_mutex_destroy(&device->mutex);\n    free(device);\n", ""),
+]
+
+QOS_MUTANTS = [  # for the driver that measures
+    Mutant("evaluated_under_another_qos", "evaluateWithQoS:program->qos", "evaluateWithQoS:21"),
+    Mutant("unloaded_under_another_qos", "unloadWithQoS:program->qos", "unloadWithQoS:21"),
+    Mutant("loaded_under_another_qos", "loadWithQoS:program->qos options", "loadWithQoS:21 options"),
+    Mutant("never_another_qos", "PROBE_MARGIN = 0.9", "PROBE_MARGIN = 0.0"),
+    Mutant("measured_under_one_qos", "new_device(qos, model->backoff", "new_device(21, model->backoff"),
+    Mutant("goes_on_after_a_refusal", "return compiled == ANELLM_OK;", "return 1;"),
+    Mutant("measured_each_time", "if (!measured.qos.measured) measure_qos", "if (device != NULL) measure_qos"),
+    Mutant("measured_by_nobody", "    settle_qos(device);\n    struct ane_program", "    struct ane_program"),
+    Mutant(
+        "set_qos_ignored",
+        "    device->qos = qos;\n    device->qos_measured = 0;",
+        "    device->qos_measured = 0 * qos;",
+    ),
+    Mutant("probe_surfaces_leaked", "if (surfaces[i] != NULL) ane_surface_free(surfaces[i]);", ""),
+    Mutant("probe_request_leaked", "    if (request != NULL) ane_request_free(request);\n", ""),
+    Mutant("probe_program_leaked", "    if (program != NULL) ane_program_free(program);\n", ""),
+    Mutant(
+        "probe_counts",
+        "struct ane_device *device = new_device(qos, model->backoff, model->max_compiles);",
+        "struct ane_device *device = (struct ane_device *)model; device->qos = qos; device->references++;",
+    ),
+]
+
+POWER_MUTANTS = [
+    Mutant("old_sample_leaked", "    CFRelease(power->sample);\n    power->sample = now;", "    power->sample = now;"),
+    Mutant("new_sample_leaked", "        CFRelease(now);\n        return;", "        return;"),
+    Mutant("delta_leaked", "    CFRelease(delta);\n", ""),
+    Mutant("delta_released_twice", "    CFRelease(delta);\n", "    CFRelease(delta);\n    CFRelease(delta);\n"),
+    Mutant("last_sample_leaked", "if (power->sample != NULL) CFRelease(power->sample);", ""),
+    Mutant("sample_unchecked", "if (now == NULL) return;", ""),
+    Mutant("delta_unchecked", "if (delta == NULL) {", "if (power == NULL) {"),
+    Mutant("channels_cannot_be_changed", "[(NSDictionary *)channels mutableCopy]", "[(NSDictionary *)channels retain]"),
+    Mutant("channels_unchecked", "if (channels == NULL) return;", ""),
+    Mutant("subscription_unchecked", "if (ioreport.subscription == NULL) return;", ""),
+    Mutant("parts_counted", 'hasSuffix:@"CPU Energy"', 'hasSuffix:@"CPU"'),
+    Mutant("one_die_counted", '[name hasSuffix:@"CPU Energy"]', '[name isEqual:@"DIE_0_CPU Energy"]'),
+    Mutant("one_engine_counted", '[name hasPrefix:@"ANE"]', '[name hasPrefix:@"ANE0_0"]'),
+    Mutant("label_ignored", "strncmp(text, units[i].name, 2) == 0", "text[1] != 0"),
+    Mutant("counts_back", "if (count > 0) power", "if (count != 0) power"),
+    Mutant("counted_from_another_start", "        power->joules[i] = 0.0;\n        known", "        known"),
+    Mutant("nothing_is_something", "if (begin_count(power)) return;", "if (begin_count(power) + 1) return;"),
+    Mutant(
+        "exception_passes",
+        "            start_ioreport(power);\n        } @catch (id exception)",
+        "            start_ioreport(power);\n        } @catch (NSString *exception)",
+    ),
+    Mutant(
+        "reading_exception_passes",
+        "read_thermal();\n        } @catch (id exception)",
+        "read_thermal();\n        } @catch (NSString *exception)",
+    ),
+    Mutant(
+        "no_pool",
+        "    @autoreleasepool {\n        @try {\n            read_energy",
+        "    {\n        @try {\n            read_energy",
+    ),
+    Mutant(
+        "process_unchecked",
+        "(rusage_info_t *)(void *)&usage) != 0) return 0;",
+        "(rusage_info_t *)(void *)&usage) > 0) return 0;",
+    ),
+    Mutant("other_count", "*nanojoules = usage.ri_energy_nj;", "*nanojoules = usage.ri_billed_energy;"),
+    Mutant("process_goes_back", "now > power->process_start ? 1e-9", "now > 0 ? 1e-9"),
+    Mutant("nothing_is_0", "return usage.ri_energy_nj > 0;", "return 1;"),
+    Mutant(
+        "thermal_beyond",
+        "state >= ANELLM_THERMAL_NOMINAL && state <= ANELLM_THERMAL_CRITICAL ?",
+        "state >= ANELLM_THERMAL_NOMINAL ?",
+    ),
 ]
 
 

@@ -50,6 +50,16 @@ def test_a_device_in_a_library(tmp_path: Path) -> None:
     assert counters.compiles == 42
     with pytest.raises(UnsupportedError, match='"test" is no simulator'):
         check(lib.anellm_sim_idle(device, 1.0))
+    with pytest.raises(UnsupportedError, match='"test" has no quality of service'):
+        check(lib.anellm_ane_set_qos(device, 21))
+    with pytest.raises(UnsupportedError, match='"test" has no quality of service'):
+        check(lib.anellm_ane_get_qos(device, ffi.new("anellm_ane_qos *")))
+    with pytest.raises(InvalidError, match="qos is 64; it must be 0 to 63, or -1"):
+        check(lib.anellm_ane_set_qos(device, 64))
+    with pytest.raises(InvalidError, match="device is NULL"):
+        check(lib.anellm_ane_set_qos(ffi.NULL, 21))
+    with pytest.raises(InvalidError, match="qos is NULL"):
+        check(lib.anellm_ane_get_qos(device, ffi.NULL))
     lib.anellm_ane_close(device)
     source.write_text("int nothing;")
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "other.so")], check=True)

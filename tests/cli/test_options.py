@@ -69,6 +69,7 @@ EXCLUSIVE = {
     "val_data": ["--data", "x"],
     "min_learning_rate": ["--learning-rate", "99"],
     **{name: ["--device", "ane-sim"] for name in ("chip", "numerics", "ane_scaling", "ane_softmax", "ane_fallback")},
+    "ane_qos": ["--device", "ane"],
 }
 
 
