@@ -64,7 +64,7 @@ def test_the_selftest(built: Path, tmp_path: Path) -> None:
 
 
 def test_auto(built: Path, tmp_path: Path) -> None:
-    """A self-test in a process of its own, then training; an old system and a crash leave it to the CPU."""
+    """A self-test in a process of its own, then training; an old system leaves it to the CPU."""
     size = ["--preset", "stories260k", "--steps", "1", "--batch-size", "1", "--seq-len", "32", "--eval-interval", "0"]
 
     def auto(name: str, **more: str) -> tuple[str, str]:
@@ -84,9 +84,6 @@ def test_auto(built: Path, tmp_path: Path) -> None:
     old, device = auto("old", SHIM_MACOS="14.7.1")
     assert "self-test failed on" in old
     assert "need macOS 15 or newer, on macOS 14.7.1" in old
-    assert device.startswith("device  cpu (")
-    crashed, device = auto("crash", ANELLM_ANE_QOS="9")
-    assert "was ended by SIGABRT in program attn_fwd: fake framework: contract violated: " in crashed
     assert device.startswith("device  cpu (")
 
 
