@@ -37,6 +37,7 @@ Say = Callable[[str], None]
 
 LIMIT_SECONDS: Final = 60  # the test takes a few; a compile service that hangs does not come back
 _FORMAT: Final = 1
+_FROM_OUTSIDE: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # no framework ends a process by these
 _LONGEST: Final = 600  # characters of a reason
 _AGAIN: Final = "`anellm info --ane-selftest` tests again"
 
@@ -245,7 +246,7 @@ def run_selftest() -> Outcome:
     """Test the engine in a process of its own, for LIMIT_SECONDS at most.
 
     Raises:
-        OSError: when no process can be started.
+        OSError: when no process can be started, or somebody ended it.
     """
     import subprocess
     import tempfile
@@ -278,6 +279,8 @@ def run_selftest() -> Outcome:
         for file in (output, errors):
             file.seek(0)
             texts.append(file.read(1 << 20).decode(errors="replace"))
+    if code is not None and -code in _FROM_OUTSIDE:
+        raise InterruptedError(f"its process was ended by {signal.Signals(-code).name}")
     return _judge_child(code, *texts)
 
 
@@ -302,7 +305,7 @@ def choose(*, test: bool, say: Say | None = None) -> Choice:
         try:
             outcome = run_selftest()
         except OSError as error:
-            return Choice("cpu", f"the Neural Engine's self-test could not be started: {error.strerror or error}")
+            return Choice("cpu", f"the Neural Engine's self-test could not be run: {error.strerror or error}")
         keep(key, outcome)
     if outcome is None:
         return Choice("cpu", f"the Neural Engine's self-test has not run on {system}: `anellm train` runs it first")

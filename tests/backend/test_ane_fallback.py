@@ -7,7 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from anemodels import BACKWARD, CONFIGS, FORWARD, GQA, MHA, attach, batch, cosine, cpu_model, gradients, sim_model
+from anemodels import (
+    BACKWARD,
+    CONFIGS,
+    FORWARD,
+    GQA,
+    MHA,
+    attach,
+    batch,
+    cosine,
+    cpu_model,
+    gradients,
+    sim_model,
+    take_trace,
+)
 from anemodels import simulator as simulator_of
 
 from anellm._ffi import check, ffi, lib
@@ -251,6 +264,21 @@ def test_refused_backward_with_jobs_aside_or_not() -> None:
     assert found[0] == found[2]
     assert found[1] == found[3]
     assert found[0] != found[1]
+
+
+def test_the_trace_says_what_the_cpu_does_instead() -> None:
+    model = refusing(MHA, "compile-fails", 4, numerics="fast")  # wo_bwd
+    check(lib.anellm_trace_enable(4096))
+    try:
+        forward(model, *batch(MHA, 1, 8), "wo_bwd")
+        model.backward()
+        events = take_trace()
+    finally:
+        check(lib.anellm_trace_enable(0))
+    caller = [(name, layer) for name, row, layer, *_ in events if row == lib.ANELLM_TRACE_CALLER]
+    assert {("attention", 0), ("attention", 1), ("attention_backward", 1), ("attention_backward", 0)} <= set(caller)
+    device = [name for name, row, *_ in events if row == lib.ANELLM_TRACE_DEVICE and name != "compile"]
+    assert device == [*FORWARD["ane"] * 2, *["ffn_bwd_w2", "ffn_bwd_w13"] * 2]
 
 
 def test_the_c_entries() -> None:

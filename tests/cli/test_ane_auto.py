@@ -22,6 +22,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 # The simulator as the engine of this machine, or what ENGINE says is wrong with it.
 LIBRARY = """
 #include "backend/ane/device.h"
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,6 +43,7 @@ static int compile(anellm_ane *device, anellm_ane_program **program, const char 
         }
         if (strcmp(engine, "hangs") == 0) sleep(100);
         if (strcmp(engine, "exits") == 0) exit(7);
+        if (strcmp(engine, "is ended") == 0) raise(SIGTERM);
         if (strcmp(engine, "refuses") == 0) return host.fail(ANELLM_COMPILE, "no, thank you");
     }
     return first.compile(device, program, mil, mil_bytes, files, n_files);
@@ -243,7 +245,15 @@ def test_it_cannot_be_started(engine: Callable[..., None], cache: Path, monkeypa
         monkeypatch.setattr(sys, "executable", executable)
         found = ane_auto.choose(test=True)
         assert found.device == "cpu"
-        assert found.why == f"the Neural Engine's self-test could not be started: {why}"
+        assert found.why == f"the Neural Engine's self-test could not be run: {why}"
+    assert not cache.exists()
+
+
+def test_somebody_ends_it(engine: Callable[..., None], cache: Path) -> None:
+    """Nor does that."""
+    engine("is ended")
+    why = "the Neural Engine's self-test could not be run: its process was ended by SIGTERM"
+    assert ane_auto.choose(test=True) == Choice("cpu", why)
     assert not cache.exists()
 
 
