@@ -182,13 +182,21 @@ typedef struct {
     int64_t workspace_bytes;                      /* scratch that is reused inside a step */
     int64_t total_bytes;
 } anellm_memory_info;
-int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t B, int64_t T, int training, int dtype);
+/* What a training forward keeps for backward (activation checkpointing, Chen et al. 2016, arXiv 1604.06174): ALL, what
+ * every layer needs; n >= 1, the input of every n-th layer, and backward computes n layers again at a time; NONE, the
+ * first layer's input, from where backward computes each layer again (n_layers / 2 forwards in all, for the memory of
+ * one layer). What comes out is the same, bit for bit on the CPU. */
+enum anellm_checkpoint { ANELLM_CHECKPOINT_NONE = -1, ANELLM_CHECKPOINT_ALL = 0 };
+int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t B, int64_t T, int training, int dtype,
+                  int checkpoint);
 
 typedef struct anellm_model anellm_model;
 int anellm_model_create(anellm_model **model, const anellm_config *config, const char *device);
 void anellm_model_free(anellm_model *model);
 /* A forward that is not gone back through yet is forgotten. */
 int anellm_model_set_dtype(anellm_model *model, int dtype);
+/* Likewise. A new model keeps ALL. */
+int anellm_model_set_checkpoint(anellm_model *model, int checkpoint);
 /* Vocabulary compaction: forward and backward multiply only the classifier's rows of these ids (n, ascending), and one
  * for all others, whose rows must be equal (INVALID) and stay so. Losses and gradients are those of the whole
  * vocabulary, up to rounding; in training a token or target outside the ids is RANGE. Logits are those of the whole table, and

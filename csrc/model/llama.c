@@ -141,8 +141,11 @@ enum {
 };
 
 struct plan {
-    struct anellm_layer_saved layers; /* of layer 0; layer l lies l * layer_stride floats further */
-    int64_t layer_stride;             /* 0 without training: all layers share one */
+    struct anellm_layer_saved layers; /* of slot 0; slot i lies i * slot_stride floats further */
+    int64_t slot_stride, n_slots;     /* layer l of a segment uses slot l % interval % n_slots */
+    int64_t interval;                 /* layers of a segment; n_layers: there is one */
+    float *segment_x;                 /* (segments, N, dim) input of each segment's first layer; NULL: all in the slots */
+    int64_t n_x;                      /* N * dim */
     float *last_x;                    /* (N, dim) output of the last layer */
     struct anellm_head_saved head;
     struct anellm_workspace workspace;
@@ -159,9 +162,14 @@ static float *carve(char *base, int64_t *offset, int64_t n_floats) {
     return at;
 }
 
-/* Lay the activations out from `base`; with base == NULL only the sizes are of use. */
-static void make_plan(struct plan *plan, char *base, const anellm_config *c, int64_t B, int64_t T, int training,
-                      int dtype) {
+/* Lay the activations out from `base`; with base == NULL only the sizes are of use.
+ *
+ * With activation checkpointing (Chen et al. 2016, arXiv 1604.06174) the layers fall into segments of `interval`. Each
+ * segment's input is kept; the taps of its layers lie in slots that all segments share, so that after a forward those
+ * of the last segment are there, and backward computes those of the others again, a segment at a time. */
+static void make_plan(struct plan *plan, char *base, const anellm_config *c, int64_t B, int64_t T,
+                      const struct anellm_keep *keep) {
+    const int training = keep->training, dtype = keep->dtype;
     const int64_t N = B * T, dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
     memset(plan, 0, sizeof *plan);
     int64_t at = 0;
@@ -183,10 +191,17 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
         s->gate_up_bf16 = (uint16_t *)carve(base, &at, N * hidden);
     else
         s->gate_up = carve(base, &at, N * 2 * hidden);
+    plan->n_x = N * dim;
+    plan->n_slots = 1;
+    plan->interval = c->n_layers;
     if (training) {
-        plan->layer_stride = at / (int64_t)sizeof(float);
-        at *= c->n_layers;
-        plan->last_x = carve(base, &at, N * dim);
+        plan->slot_stride = at / (int64_t)sizeof(float);
+        if (keep->checkpoint > 0) plan->interval = min64(keep->checkpoint, c->n_layers);
+        if (keep->checkpoint != ANELLM_CHECKPOINT_NONE) plan->n_slots = plan->interval;
+        at *= plan->n_slots;
+        const int64_t segments = (c->n_layers + plan->interval - 1) / plan->interval;
+        if (plan->n_slots < c->n_layers) plan->segment_x = carve(base, &at, segments * plan->n_x);
+        plan->last_x = carve(base, &at, plan->n_x);
     } else {
         plan->last_x = s->x;
     }
@@ -212,19 +227,21 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
 
 static struct anellm_layer_saved layer_saved(const struct plan *plan, int64_t layer) {
     struct anellm_layer_saved s = plan->layers;
-    const int64_t shift = layer * plan->layer_stride;
+    const int64_t shift = layer % plan->interval % plan->n_slots * plan->slot_stride;
     float **const taps[] = {&s.x, &s.attn_rstd, &s.qk_raw, &s.qk_rstd, &s.qkv, &s.lse, &s.attn, &s.mid, &s.mlp_rstd,
                             &s.gate_up};
     for (size_t i = 0; i < sizeof taps / sizeof taps[0]; ++i)
         if (*taps[i] != NULL) *taps[i] += shift;
     if (s.gate_up_bf16 != NULL) s.gate_up_bf16 += 2 * shift;
+    if (plan->segment_x != NULL && layer % plan->interval == 0)
+        s.x = plan->segment_x + layer / plan->interval * plan->n_x;
     return s;
 }
 
 static void llama_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *c, int64_t B, int64_t T,
-                              int training, int dtype) {
+                              const struct anellm_keep *keep) {
     struct plan plan;
-    make_plan(&plan, NULL, c, B, T, training, dtype);
+    make_plan(&plan, NULL, c, B, T, keep);
     *kept_bytes = plan.kept_bytes;
     *scratch_bytes = plan.scratch_bytes;
 }
@@ -252,24 +269,42 @@ static void use_compact_vocab(struct anellm_step *step, struct anellm_head_weigh
 
 /* ---- forward and backward ----------------------------------------------------------------------------------------- */
 
+/* out == NULL: where the next layer has its input. */
+static int layer_forward(const anellm_model *model, struct anellm_step *step, const struct plan *plan, int64_t layer,
+                         float *out) {
+    const struct anellm_layer_weights w =
+        layer_weights(&model->config, anellm_model_section(model, ANELLM_SECTION_PARAMS), layer);
+    const struct anellm_layer_saved saved = layer_saved(plan, layer);
+    step->layer = layer;
+    ANELLM_TRY(model->backend->attention_forward(model->backend_state, step, saved.mid, &w, &saved));
+    return model->backend->mlp_forward(model->backend_state, step, out == NULL ? layer_saved(plan, layer + 1).x : out, &w,
+                                       &saved);
+}
+
+/* Compute the taps of layers first..last again, from the input that was kept; what comes out of the last one was used
+ * already, and goes where nothing is needed any more. */
+static int recompute(const anellm_model *model, struct anellm_step *step, const struct plan *plan, int64_t first,
+                     int64_t last) {
+    if (model->backend->finish != NULL) ANELLM_TRY(model->backend->finish(model->backend_state)); /* reads the slots */
+    for (int64_t layer = first; layer <= last; ++layer)
+        ANELLM_TRY(layer_forward(model, step, plan, layer, layer < last ? NULL : plan->last_x));
+    return ANELLM_OK;
+}
+
 static int llama_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
                          const int32_t *targets, int training) {
     const anellm_config *c = &model->config;
     const struct anellm_backend *backend = model->backend;
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
     struct plan plan;
-    make_plan(&plan, model->activations.base, c, model->B, model->T, training, model->dtype);
+    const struct anellm_keep keep = anellm_model_keep(model, training);
+    make_plan(&plan, model->activations.base, c, model->B, model->T, &keep);
     struct anellm_step step = make_step(model, &plan);
 
-    ANELLM_TRY(anellm_embedding_forward(plan.layers.x, params, tokens, model->B * model->T, c->dim, c->vocab_size));
-    for (int64_t layer = 0; layer < c->n_layers; ++layer) {
-        const struct anellm_layer_weights w = layer_weights(c, params, layer);
-        const struct anellm_layer_saved saved = layer_saved(&plan, layer);
-        float *out = layer + 1 < c->n_layers ? layer_saved(&plan, layer + 1).x : plan.last_x;
-        step.layer = layer;
-        ANELLM_TRY(backend->attention_forward(model->backend_state, &step, saved.mid, &w, &saved));
-        ANELLM_TRY(backend->mlp_forward(model->backend_state, &step, out, &w, &saved));
-    }
+    float *x = layer_saved(&plan, 0).x;
+    ANELLM_TRY(anellm_embedding_forward(x, params, tokens, model->B * model->T, c->dim, c->vocab_size));
+    for (int64_t layer = 0; layer < c->n_layers; ++layer)
+        ANELLM_TRY(layer_forward(model, &step, &plan, layer, layer + 1 < c->n_layers ? NULL : plan.last_x));
     struct anellm_head_weights head = head_weights(c, params);
     const int compact = model->vocab.n > 0 && targets != NULL && logits == NULL;
     const int32_t *columns = targets;
@@ -304,7 +339,8 @@ static int llama_backward(anellm_model *model, const int32_t *tokens, const int3
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
     float *grads = anellm_model_section(model, ANELLM_SECTION_GRADS);
     struct plan plan;
-    make_plan(&plan, model->activations.base, c, model->B, model->T, 1, model->dtype);
+    const struct anellm_keep keep = anellm_model_keep(model, 1);
+    make_plan(&plan, model->activations.base, c, model->B, model->T, &keep);
     struct anellm_step step = make_step(model, &plan);
     step.accumulate = accumulate;
     if (!accumulate) zero_added_gradients(c, grads);
@@ -322,7 +358,14 @@ static int llama_backward(anellm_model *model, const int32_t *tokens, const int3
         ANELLM_TRY(backend->classifier_backward(model->backend_state, &step, plan.dx, &dhead, targets, scale, &head,
                                                 &plan.head));
     }
+    /* Forward has left the taps of the last segment, or of its last layer. */
+    int64_t there = plan.n_slots < plan.interval ? c->n_layers - 1 : (c->n_layers - 1) / plan.interval * plan.interval;
     for (int64_t layer = c->n_layers - 1; layer >= 0; --layer) {
+        if (layer < there) {
+            const int64_t first = layer / plan.interval * plan.interval;
+            ANELLM_TRY(recompute(model, &step, &plan, first, layer));
+            there = plan.n_slots < plan.interval ? layer : first;
+        }
         const struct anellm_layer_weights w = layer_weights(c, params, layer), dw = layer_weights(c, grads, layer);
         const struct anellm_layer_saved saved = layer_saved(&plan, layer);
         step.layer = layer;

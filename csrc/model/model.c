@@ -67,12 +67,19 @@ static int check_batch(const char *function, const anellm_config *config, int64_
     return ANELLM_OK;
 }
 
+static int check_checkpoint(const char *function, int checkpoint) {
+    if (checkpoint >= ANELLM_CHECKPOINT_NONE) return ANELLM_OK;
+    return anellm_fail_in(function, ANELLM_INVALID, "checkpoint = %d, must be -1 (none), 0 (all) or a number of layers",
+                          checkpoint);
+}
+
 int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t B, int64_t T, int training,
-                  int dtype) {
+                  int dtype, int checkpoint) {
     int64_t n_floats = 0;
     ANELLM_REQUIRE(info != NULL, "info is NULL");
     ANELLM_REQUIRE(dtype == ANELLM_DTYPE_FP32 || dtype == ANELLM_DTYPE_BF16, "dtype = %d, must be 0 (fp32) or 1 (bf16)",
                    dtype);
+    ANELLM_TRY(check_checkpoint(__func__, checkpoint));
     ANELLM_TRY(anellm_params_count(NULL, &n_floats, config));
     ANELLM_TRY(check_batch(__func__, config, B, T));
     memset(info, 0, sizeof *info);
@@ -81,8 +88,8 @@ int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t
         info->grads_bytes = info->params_bytes;
         info->moments_bytes = 2 * info->params_bytes;
     }
-    anellm_arch_of(config)->activations(&info->activations_bytes, &info->workspace_bytes, config, B, T, training,
-                                         dtype);
+    const struct anellm_keep keep = {.training = training, .dtype = dtype, .checkpoint = checkpoint};
+    anellm_arch_of(config)->activations(&info->activations_bytes, &info->workspace_bytes, config, B, T, &keep);
     info->total_bytes = info->params_bytes + info->grads_bytes + info->moments_bytes + info->activations_bytes +
                         info->workspace_bytes;
     return ANELLM_OK;
@@ -142,6 +149,15 @@ int anellm_model_set_dtype(anellm_model *model, int dtype) {
     }
     if (model->dtype != dtype) model->backward_ready = 0; /* backward may need activations in another form */
     model->dtype = dtype;
+    anellm_model_release(model);
+    return ANELLM_OK;
+}
+
+int anellm_model_set_checkpoint(anellm_model *model, int checkpoint) {
+    ANELLM_TRY(check_checkpoint(__func__, checkpoint));
+    ANELLM_TRY(anellm_model_take(model, __func__));
+    if (model->checkpoint != checkpoint) model->backward_ready = 0; /* backward would look for other activations */
+    model->checkpoint = checkpoint;
     anellm_model_release(model);
     return ANELLM_OK;
 }
@@ -239,7 +255,8 @@ static float *batch_losses(const anellm_model *model) {
 
 static int reserve_step(anellm_model *model, int64_t B, int64_t T, int training) {
     int64_t kept = 0, scratch = 0;
-    model->arch->activations(&kept, &scratch, &model->config, B, T, training, model->dtype);
+    const struct anellm_keep keep = anellm_model_keep(model, training);
+    model->arch->activations(&kept, &scratch, &model->config, B, T, &keep);
     ANELLM_TRY(anellm_block_reserve(&model->activations, (size_t)(kept + scratch)));
     ANELLM_TRY(anellm_block_reserve(&model->batch, (size_t)(B * T) * (2 * sizeof(int32_t) + sizeof(float))));
     ANELLM_TRY(anellm_model_reserve_rope(model, T));

@@ -46,6 +46,7 @@ struct anellm_model {
     struct anellm_block batch;       /* copies of tokens (N) and targets (N), and losses (N), for backward */
     int64_t B, T, n_targets;
     int dtype;                       /* of enum anellm_dtype */
+    int checkpoint;                  /* of anellm_model_set_checkpoint */
     int backward_ready;              /* the activations are those of a training forward, not yet consumed */
     atomic_int busy;
 };
@@ -56,13 +57,18 @@ struct anellm_matrix_info {
     int64_t rows, columns, offset;
 };
 
+/* What forward is to keep for backward. */
+struct anellm_keep {
+    int training, dtype, checkpoint;
+};
+
 /* One architecture (llama.c, later gpt2.c). The caller has checked every argument and holds the model. */
 struct anellm_architecture {
     int64_t (*n_tensors)(const anellm_config *config);
     void (*tensor)(anellm_tensor_info *info, const anellm_config *config, int64_t index);
     /* Bytes of the activation block, split into what is kept for backward and what is scratch. */
     void (*activations)(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *config, int64_t B, int64_t T,
-                        int training, int dtype);
+                        const struct anellm_keep *keep);
     /* Standard deviation of tensor `index` at initialisation, in units of the base one; 0 means filled with ones. */
     float (*init_scale)(const anellm_config *config, int64_t index);
     int (*forward)(anellm_model *model, float *losses, float *logits, const int32_t *tokens, const int32_t *targets,
@@ -88,6 +94,9 @@ enum { ANELLM_DECODE_CHUNK = 64 };   /* tokens of a prompt that go through the l
 /* Take the model for this thread: OK or BUSY. Every taken model is released. */
 int anellm_model_take(anellm_model *model, const char *function);
 void anellm_model_release(anellm_model *model);
+static inline struct anellm_keep anellm_model_keep(const anellm_model *model, int training) {
+    return (struct anellm_keep){.training = training, .dtype = model->dtype, .checkpoint = model->checkpoint};
+}
 /* Make the RoPE tables hold at least `length` positions. */
 int anellm_model_reserve_rope(anellm_model *model, int64_t length);
 /* The index-th matrix of the architecture's table, in the format that decode is to use. */

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from anellm.activation_checkpoint import check_policy
 from anellm.device import DTYPES
 from anellm.errors import ConfigError
 from anellm.options import DeviceOptions, check_config, check_keys, nearest, option
@@ -283,6 +284,12 @@ class TrainConfig(DeviceOptions):
         choices=DTYPES,
         group="optimization",
     )
+    activation_checkpoint: str = option(
+        "all",
+        "layers whose activations are kept for backward, which computes the others again: "
+        "all, boundary, sqrt, every:N or none",
+        group="optimization",
+    )
     compact_vocab: bool = option(
         False,
         "compute the softmax over the ids that occur in the data; of a new model, as exact as with all",
@@ -349,6 +356,7 @@ class TrainConfig(DeviceOptions):
     def __post_init__(self) -> None:
         check_config(self)
         super().__post_init__()
+        check_policy(self.activation_checkpoint, "--activation-checkpoint")
         if self.dtype != "fp32" and self.ane_options() is not None:
             raise ConfigError(f"--dtype {self.dtype}: only for --device cpu, found --device {self.device}")
         if self.steps is not None and self.epochs is not None:

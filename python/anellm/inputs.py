@@ -145,7 +145,15 @@ def forecast(config: TrainConfig, shape: ModelConfig) -> tuple[Memory, dict[str,
     """Return a run's memory, and with it what --dry-run reports."""
     seq_len = default_seq_len(config, shape.max_seq_len)
     dtype = cast("Dtype", config.dtype)
-    need = memory(shape, config.batch_size, seq_len, training=True, dtype=dtype, ane=config.ane_options())
+    need = memory(
+        shape,
+        config.batch_size,
+        seq_len,
+        training=True,
+        dtype=dtype,
+        activation_checkpoint=config.activation_checkpoint,
+        ane=config.ane_options(),
+    )
     tokens = config.batch_size * seq_len * config.gradient_accumulation_steps
     return need, {
         "model": shape.to_dict(),

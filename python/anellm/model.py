@@ -10,6 +10,7 @@ import numpy as np
 
 from anellm import errors
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
+from anellm.activation_checkpoint import checkpoint_interval
 from anellm.compress import RemainingParams, Weights, weights_kind
 from anellm.config import ModelConfig
 from anellm.device import DTYPES, AneOptions, Dtype, configure, resolve_device
@@ -110,6 +111,7 @@ def memory(
     *,
     training: bool,
     dtype: Dtype = "fp32",
+    activation_checkpoint: str = "all",
     ane: AneOptions | None = None,
 ) -> Memory:
     """Return the memory that a model will take, without taking any.
@@ -120,14 +122,17 @@ def memory(
         seq_len: tokens (T) in each.
         training: count gradients, moments and what backward needs.
         dtype: as for Model.set_dtype().
+        activation_checkpoint: as for Model.set_activation_checkpoint().
         ane: how it computes on an ANE device: surfaces count as workspace. None: on the CPU.
 
     Raises:
+        ConfigError: on an unknown policy.
         UnsupportedError: when a dimension of the model is beyond what any engine takes.
     """
     info = ffi.new("anellm_memory_info *")
     c_config = _c_config(config)
-    check(lib.anellm_memory(info, c_config, batch_size, seq_len, int(training), _dtype_code(dtype)))
+    interval = checkpoint_interval(config.n_layers, activation_checkpoint)
+    check(lib.anellm_memory(info, c_config, batch_size, seq_len, int(training), _dtype_code(dtype), interval))
     if ane is not None:
         from anellm.ane import memory_bytes
 
@@ -204,6 +209,7 @@ class Model:
         self.tensors = tensor_table(config)
         self.params = self._views(lib.anellm_model_params(self._pointer))
         self.dtype: Dtype = "fp32"  # what forward() and backward() multiply: see set_dtype()
+        self.activation_checkpoint = "all"
         self.weights: Weights = "fp32"  # what decode() reads: see compress()
         self._training_views: list[Mapping[str, FloatArray]] | None = None
         self.to(wanted, ane)
@@ -360,6 +366,20 @@ class Model:
         check(lib.anellm_model_set_dtype(self._pointer, _dtype_code(dtype)))
         self.dtype = dtype
 
+    def set_activation_checkpoint(self, policy: str) -> None:
+        """Choose what a training forward() keeps for backward(); a model starts with "all".
+
+        What is not kept is computed again. Losses and gradients stay the same: on the CPU bit for bit.
+
+        Args:
+            policy: "all", "boundary", "sqrt", "every:N" or "none": see anellm.activation_checkpoint.saved_layers().
+
+        Raises:
+            ConfigError: on another policy.
+        """
+        check(lib.anellm_model_set_checkpoint(self._pointer, checkpoint_interval(self.config.n_layers, policy)))
+        self.activation_checkpoint = policy
+
     def compact_vocabulary(self, ids: np.ndarray[Any, Any] | None, *, equalize: bool = False) -> None:
         """Let the classifier compute only some ids: as exact as with all, and faster the fewer there are.
 
@@ -451,7 +471,15 @@ class Model:
 
     def memory(self, batch_size: int, seq_len: int, *, training: bool = True) -> Memory:
         """Return the memory that a pass over (batch_size, seq_len) tokens takes in all."""
-        return memory(self.config, batch_size, seq_len, training=training, dtype=self.dtype, ane=self.ane_options)
+        return memory(
+            self.config,
+            batch_size,
+            seq_len,
+            training=training,
+            dtype=self.dtype,
+            activation_checkpoint=self.activation_checkpoint,
+            ane=self.ane_options,
+        )
 
     # ---- forward and backward -------------------------------------------------------------------------------------
 

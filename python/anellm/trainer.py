@@ -187,6 +187,7 @@ class Trainer:
             config.decay,
         )
         model.set_dtype(cast("Dtype", config.dtype))
+        model.set_activation_checkpoint(config.activation_checkpoint)
         self.warning: str | None = None
         self.state = TrainState(
             data_sha256=train_data.sha256,
@@ -513,6 +514,7 @@ class Trainer:
             "device": getattr(self.model, "device", "cpu"),
             **self._ane.describe(),
             "dtype": self.config.dtype,
+            "activation_checkpoint": self.config.activation_checkpoint,
             "cpu_variant": self.state.cpu_variant,
             "data": self.train_data.source,
             "data_sha256": self.state.data_sha256,

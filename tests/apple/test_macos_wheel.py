@@ -5,44 +5,22 @@ Needs a Python with ziglang, setuptools and cffi: this one, or the one that ANEL
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 from macho import CPU_ARM64, DYLIB, MachO, extension
+from zig_tools import NO_ZIG, ROOT, STUBS, ZIG_CC, has_zig
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-STUBS = HERE / "macstub"
-PYTHON = os.environ.get("ANELLM_ZIG_PYTHON") or sys.executable
-NEEDED = "import cffi, setuptools, ziglang"
-
-
-def has_zig() -> bool:
-    return subprocess.run([PYTHON, "-c", NEEDED], capture_output=True, check=False).returncode == 0
-
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason=f"no C source in {ROOT}"),
-    pytest.mark.skipif(not has_zig(), reason=f'no zig to cross-build with: {PYTHON} -c "{NEEDED}" fails'),
+    pytest.mark.skipif(not has_zig(), reason=NO_ZIG),
     pytest.mark.slow,
 ]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build it. Warnings are errors, in C and Objective-C, so a build is a test already."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = ["bash", STUBS / "wheel.sh", folder]
-    environment = os.environ | {"PYTHON": PYTHON}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (found,) = folder.glob("*.whl")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +83,15 @@ def test_what_no_library_has_is_pythons(library: MachO) -> None:
 
 def analyse(source: Path, folder: Path) -> list[str]:
     """Return the static analyzer's warnings. It looks after retain and release among other things."""
-    zig = [PYTHON, "-m", "ziglang", "cc", "-target", "aarch64-macos.14.0", "-std=gnu11", "-fno-objc-arc"]
-    flags = ["--analyze", "-Xclang", "-analyzer-output=text", f"-I{ROOT / 'csrc'}", f"-I{STUBS / 'include'}"]
-    done = subprocess.run([*zig, *flags, source], cwd=folder, capture_output=True, text=True, check=False)
+    flags = [
+        "-fno-objc-arc",
+        "--analyze",
+        "-Xclang",
+        "-analyzer-output=text",
+        f"-I{ROOT / 'csrc'}",
+        f"-I{STUBS / 'include'}",
+    ]
+    done = subprocess.run([*ZIG_CC, *flags, source], cwd=folder, capture_output=True, text=True, check=False)
     lines = done.stderr.splitlines()
     # zig wants to move an object file, which an analysis does not make, and says that it failed to
     assert [line for line in lines if ": error:" in line and "failed to rename" not in line] == []

@@ -36,6 +36,9 @@ class FakeModel:
         self.calls: list[tuple[Any, ...]] = []
         self.micro_steps = self.evaluations = 0
 
+    def set_activation_checkpoint(self, policy: str) -> None:
+        self.activation_checkpoint = policy
+
     def set_dtype(self, dtype: str) -> None:
         self.dtype = dtype
 
