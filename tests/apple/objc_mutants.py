@@ -29,7 +29,11 @@ MUTANTS = [
     Mutant("surface_object_leaked", "[surface->object release];", ""),
     Mutant("surface_leaked", "if (surface->surface != NULL) CFRelease(surface->surface);", ""),
     Mutant("no_pool", "    @autoreleasepool {\n        @try", "    {\n        @try"),
-    Mutant("exception_passes", "@catch (id exception)", "@catch (NSString *exception)"),
+    Mutant(
+        "exception_passes",
+        "@catch (id exception) {\n            result = raised",
+        "@catch (NSString *exception) {\n            result = raised",
+    ),
     Mutant("other_qos", "program->qos = (unsigned int)device->qos;", "program->qos = 33;"),
     Mutant(
         "never_unloaded",
@@ -44,8 +48,8 @@ MUTANTS = [
     ),
     Mutant(
         "load_unchecked",
-        "if (![program->model loadWithQoS:program->qos options:@{} error:&error])",
-        "if (![program->model loadWithQoS:program->qos options:@{} error:&error] && error == (id)program)",
+        "if ([program->model loadWithQoS:program->qos options:@{} error:&error]) return",
+        "if ([program->model loadWithQoS:program->qos options:@{} error:&error] || error != (id)program) return",
     ),
     Mutant(
         "evaluate_unchecked",
@@ -106,22 +110,52 @@ MUTANTS = [
     Mutant("options_nil", "loadWithQoS:program->qos options:@{}", "loadWithQoS:program->qos options:nil"),
     Mutant(
         "text_not_written",
-        'ANELLM_TRY(write_file(program, text, [folder stringByAppendingPathComponent:@"model.mil"]));',
+        'ANELLM_TRY(write_file(program, program->text, [folder stringByAppendingPathComponent:@"model.mil"]));',
         "(void)folder;",
     ),
-    Mutant("weights_not_written", "    ANELLM_TRY(write_weights(program, weights));\n    const BOOL", "    const BOOL"),
+    Mutant(
+        "weights_not_written",
+        "    ANELLM_TRY(write_weights(program, program->weights));\n    const BOOL",
+        "    const BOOL",
+    ),
     Mutant(
         "folder_left",
-        "if (!others && ![[NSFileManager defaultManager] removeItemAtPath:folder->path error:&error])",
-        "if (error != nil)",
+        "![[NSFileManager defaultManager] removeItemAtPath:folder->path error:&error])",
+        "error != nil)",
     ),
     Mutant("folder_of_a_twin_removed", "if (--folder->users == 0) {", "if (--folder->users >= 0) {"),
-    Mutant("folder_of_others_removed", "if (!others && !", "if (others >= 0 && !"),
+    Mutant("folder_of_others_removed", "if (!others && [", "if (others >= 0 && ["),
     Mutant("folder_not_held", "if (lock >= 0) flock(lock, LOCK_SH | LOCK_NB);", ""),
     Mutant("folder_held_for_ever", "if (folder->lock >= 0) close(folder->lock);", ""),
     Mutant("folder_anywhere", "if (!is_plain_name([name UTF8String]))", 'if (!is_plain_name("x"))'),
     Mutant("paths_unchecked", 'strstr(path, "..") != NULL)', "path == NULL)"),
     Mutant("no_backoff", "if (wait > 0.0) {", "if (wait > 1e9) {"),
+    Mutant("never_asks_what_is_compiled", "if (!framework.has_cache ||", "if (framework.has_cache ||"),
+    Mutant("asks_though_it_should_not", "!framework.has_cache || !program->device->use_cache", "!framework.has_cache"),
+    Mutant(
+        "exception_of_the_question_passes",
+        "@catch (id exception) {\n        (void)exception; /* what cannot",
+        "@catch (NSString *exception) {\n        (void)exception; /* what cannot",
+    ),
+    Mutant("hit_not_counted", "device->counters.cache_hits++;", ""),
+    Mutant("bad_hit_not_compiled", "if (status != ANELLM_OK && program->from_cache)", "if (status > 99)"),
+    Mutant(
+        "compiled_after_any_bad_load",
+        "if (status != ANELLM_OK && program->from_cache)",
+        "if (status != ANELLM_OK)",
+    ),
+    Mutant(
+        "late_failure_not_counted",
+        "if (status == ANELLM_COMPILE) program->device->counters.compile_failures++;",
+        "",
+    ),
+    Mutant("not_loaded_again", "if (status == ANELLM_OK) status = load_model(program);", ""),
+    Mutant("text_not_retained", "program->text = [text retain];", "program->text = text;"),
+    Mutant(
+        "missing_folder_is_a_failure",
+        "if (!others && [[NSFileManager defaultManager] fileExistsAtPath:folder->path] &&",
+        "if (!others &&",
+    ),
     Mutant("no_limit_of_compiles", "device->max_compiles > 0 && number", "device->max_compiles > 9 && number"),
     Mutant("unloaded_program_evaluated", "if (!program->loaded) return refuse", "if (program == NULL) return refuse"),
     Mutant(
@@ -132,6 +166,8 @@ MUTANTS = [
 ]
 
 LEAKS = [
+    Mutant("text_leaked", "    [program->text release];\n", ""),
+    Mutant("weights_leaked", "    [program->weights release];\n", ""),
     Mutant("path_leaked", "[folder->path release];", ""),
     Mutant("signature_leaked", "    anellm_ane_signature_free(program->signature);\n", ""),
     Mutant("spare_folder_leaked", "    free(fresh);\n", ""),
@@ -158,7 +194,7 @@ QOS_MUTANTS = [  # for the driver that measures
     Mutant("probe_program_leaked", "    if (program != NULL) ane_program_free(program);\n", ""),
     Mutant(
         "probe_counts",
-        "struct ane_device *device = new_device(qos, model->backoff, model->max_compiles);",
+        "struct ane_device *device = new_device(qos, model->backoff, model->max_compiles, model->use_cache);",
         "struct ane_device *device = (struct ane_device *)model; device->qos = qos; device->references++;",
     ),
 ]

@@ -66,6 +66,14 @@ def test_measured_qos(how: str, built: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path / "tmp") == []
 
 
+def test_a_framework_without_a_cache(built: Path, tmp_path: Path) -> None:
+    """Where models do not tell whether they are compiled, all are compiled."""
+    build(built, "fake", "libNoCache.so", "-DFAKE_EXISTS=isCompiled")
+    other = str(built / "libNoCache.so")
+    done = drive(built, tmp_path / "tmp", arguments=("no-cache",), ANELLM_ANE_FRAMEWORK=other)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
 @pytest.mark.parametrize("arguments", [(), ("9",)])
 def test_valgrind(arguments: tuple[str, ...], built: Path, tmp_path: Path) -> None:
     if shutil.which("valgrind") is None:
@@ -95,7 +103,7 @@ def drive_mutant(built: Path, tmp: Path, mutant: Mutant, *checker: str, argument
     source, library = tmp / f"{mutant.name}.m", f"lib{mutant.name}.so"
     if not (built / library).exists():
         source.write_text(mutate(SOURCE.read_text(), mutant))
-        build(built, "device", library, str(source), FLAGS="-w")
+        build(built, "device", library, str(source), FLAGS="-w -O0 -g0")
     return drive(built, tmp / "tmp", *checker, arguments=arguments, ANELLM_ANE_DEVICE=str(built / library))
 
 
@@ -155,6 +163,29 @@ def test_training_equals_the_simulator(shape: dict[str, object], built: Path, tm
     """Losses, weights, gradients, moments, the scaling's state and logits, bit for bit; nothing stays."""
     run_python(COMPARE, environment(built, tmp_path / "tmp"), json.dumps(shape))
     assert left_in(tmp_path / "tmp") == []
+
+
+KEPT = """
+losses = []
+for _ in range(2):
+    model = a_model("ane")
+    losses.append(train(model))
+    counters = model.ane.device.counters()
+    print(json.dumps([counters["compiles"], counters["cache_hits"], counters["loads"]]))
+    del model
+    gc.collect()
+    assert (fake().fake_ane_live(), files()) == (0, [])
+assert losses[0] == losses[1]
+"""
+
+
+def test_a_second_model_compiles_nothing(built: Path, tmp_path: Path) -> None:
+    """Programs that macOS has are loaded as they are; what they compute is the same."""
+    script = "fake().fake_ane_keep(1)\n" + KEPT
+    counts = [json.loads(line) for line in run_python(script, environment(built, tmp_path / "tmp")).splitlines()]
+    assert counts == [[8, 0, 8], [0, 8, 8]]
+    off = environment(built, tmp_path / "tmp", ANELLM_ANE_CACHE="off")
+    assert [json.loads(line) for line in run_python(script, off).splitlines()] == [[8, 0, 8]] * 2
 
 
 FAULTS = """
@@ -265,6 +296,8 @@ def test_the_qos_of_a_run(built: Path, tmp_path: Path) -> None:
         for found in (records[0], json.loads(manifest.read_text()), json.loads(summary.read_text())):
             assert expected.items() <= found.items()
             assert found["ane_qos"] in {"5", *QOS[1:]}
+        assert found["compiles"] > 0
+        assert found["cache_hits"] == 0
         losses.append([record["loss"] for record in records if record["kind"] == "step"])
     assert losses[1:] == losses[:1] * 3
     assert 'ane_qos = "user-initiated"' in (tmp_path / "flag" / "config.toml").read_text()

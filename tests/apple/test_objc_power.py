@@ -59,7 +59,7 @@ def test_sanitizers(built: Path, tmp_path: Path) -> None:
 def test_mutants(mutant: Mutant, built: Path, tmp_path: Path) -> None:
     source, library = tmp_path / f"{mutant.name}.m", f"libpower_{mutant.name}.so"
     source.write_text(mutate(SOURCE.read_text(), mutant))
-    build(built, "power", library, str(source), FLAGS="-w")
+    build(built, "power", library, str(source), FLAGS="-w -O0 -g0")
     for step in STEPS:
         done = drive(built, tmp_path / "tmp", step, POWER_LIBRARY=str(built / library))
         if done.returncode != 0 or "without pool" in done.stderr:

@@ -102,3 +102,18 @@ def test_the_measured_qos_is_told(built: Path, tmp_path: Path) -> None:
     ), told
     qos = json.loads(Path(f"{tmp}.json").read_text())["selftest"]["qos"]
     assert (qos["value"], qos["measured"], len(qos["us"])) == (17, True, 5)
+
+
+def test_what_macos_has_is_not_timed_as_a_compile(built: Path, tmp_path: Path) -> None:
+    tmp = tmp_path / "tmp"
+    twice = "fake().fake_ane_keep(1)\n" + SELFTEST + "\ninfo.main(['--ane-selftest', '--json', sys.argv[2]])\n"
+    again = tmp_path / "again.json"
+    lines = run_python(twice, environment(built, tmp), "", str(again)).splitlines()
+    assert sum(line.startswith("14 were not compiled: macOS had them from before") for line in lines) == 1
+    assert lines[-2:] == ["14 programs: 14 ok, 0 wrong, 0 refused", lines[-1]]
+    first, second = (json.loads(path.read_text())["selftest"] for path in (Path(f"{tmp}.json"), again))
+    assert [row["cached"] for row in first["programs"]] == [False] * 14
+    assert [row["cached"] for row in second["programs"]] == [True] * 14
+    assert "compile_ms" in first["measured"]
+    assert "compile_ms" not in second["measured"]
+    assert second["measured"]["cached_compile_ms"] > 0

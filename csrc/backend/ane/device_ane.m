@@ -52,6 +52,7 @@ static const int64_t MAX_SURFACE_BYTES = (int64_t)1 << 40;
 @end
 @protocol AneModel
 - (NSString *)hexStringIdentifier;
+- (BOOL)compiledModelExists;
 - (BOOL)compileWithQoS:(unsigned int)qos options:(NSDictionary *)options error:(NSError **)error;
 - (BOOL)loadWithQoS:(unsigned int)qos options:(NSDictionary *)options error:(NSError **)error;
 - (BOOL)unloadWithQoS:(unsigned int)qos error:(NSError **)error;
@@ -87,6 +88,7 @@ static struct {
     id<AneSurfaceClass> surface;
     id<AneRequestClass> request;
     id<AneDeviceInfoClass> info; /* nil: this framework has none */
+    int has_cache;               /* models answer compiledModelExists */
     anellm_ane_info known;       /* of this machine */
 } framework = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
@@ -114,6 +116,7 @@ struct ane_device {
     int qos_measured;
     double backoff;             /* seconds */
     int64_t max_compiles;       /* 0: none known */
+    int use_cache;              /* of programs that macOS compiled before */
     anellm_ane_counters counters;
     anellm_ane_error error;
 };
@@ -137,6 +140,9 @@ struct ane_program {
     _Atomic int64_t references; /* the handle and its requests */
     int loaded;
     unsigned int qos; /* of all calls: which of them it matters for is not known */
+    int from_cache;   /* it was not compiled here */
+    NSData *text;     /* what it is made of, which the framework keeps as well */
+    NSDictionary *weights;
     id<AneModel> model;
     struct ane_folder *folder;
     struct anellm_ane_signature *signature;
@@ -274,7 +280,9 @@ static int remove_folder(struct ane_device *device, const struct ane_folder *fol
     NSError *error = nil;
     int status = ANELLM_OK;
     const int gate = close_gate(), others = folder->lock >= 0 && flock(folder->lock, LOCK_EX | LOCK_NB) != 0;
-    if (!others && ![[NSFileManager defaultManager] removeItemAtPath:folder->path error:&error])
+    /* Disassemblies of the framework show that its own unload may remove it. */
+    if (!others && [[NSFileManager defaultManager] fileExistsAtPath:folder->path] &&
+        ![[NSFileManager defaultManager] removeItemAtPath:folder->path error:&error])
         status = failed(device, ANELLM_COMPILE, "a program's folder cannot be removed", error);
     if (folder->lock >= 0) close(folder->lock);
     open_gate(gate);
@@ -304,6 +312,8 @@ static int release_model(void *call) {
     id<AneModel> model = program->model;
     program->model = nil;
     [(id)model release];
+    [program->text release];
+    [program->weights release];
     return ANELLM_OK;
 }
 
@@ -503,24 +513,48 @@ struct compile_call {
     const anellm_ane_file *files;
 };
 
+/* Whether macOS has it compiled. It keeps what it compiled, beyond the process, by the hash of text, weights and options
+ * that hexStringIdentifier is; compileWithQoS: would compile it all the same, loadWithQoS: looks there first (Q62). */
+static int is_compiled(const struct ane_program *program) {
+    if (!framework.has_cache || !program->device->use_cache) return 0;
+    @try {
+        return [program->model compiledModelExists] ? 1 : 0;
+    } @catch (id exception) {
+        (void)exception; /* what cannot be asked for is not there */
+        return 0;
+    }
+}
+
+static int compile_model(struct ane_program *program) {
+    struct ane_device *device = program->device;
+    NSError *error = nil;
+    ANELLM_TRY(begin_compile(device));
+    NSString *folder = program->folder->path; /* the service reads from there (Q58) */
+    ANELLM_TRY(write_file(program, program->text, [folder stringByAppendingPathComponent:@"model.mil"]));
+    ANELLM_TRY(write_weights(program, program->weights));
+    const BOOL ok = [program->model compileWithQoS:program->qos options:@{} error:&error];
+    end_compile(ok);
+    program->from_cache = 0;
+    return ok ? ANELLM_OK : failed(device, ANELLM_COMPILE, "compileWithQoS", error);
+}
+
 static int compile_body(void *argument) {
     const struct compile_call *call = argument;
     struct ane_program *program = call->program;
     struct ane_device *device = program->device;
-    NSError *error = nil;
     NSData *text = [NSData dataWithBytes:call->mil length:(NSUInteger)call->mil_bytes]; /* never a string (Q13) */
     NSDictionary *weights = weights_of(call->files, call->n_files);
+    program->text = [text retain];
+    program->weights = [weights retain];
     id descriptor = [framework.descriptor modelWithMILText:text weights:weights optionsPlist:nil];
     if (descriptor == nil) return failed(device, ANELLM_COMPILE, "modelWithMILText answered nil", nil);
     program->model = [[framework.model inMemoryModelWithDescriptor:descriptor] retain];
     if (program->model == nil) return failed(device, ANELLM_COMPILE, "inMemoryModelWithDescriptor answered nil", nil);
     ANELLM_TRY(enter_folder(program));
-    NSString *folder = program->folder->path; /* the service reads from there (Q58) */
-    ANELLM_TRY(write_file(program, text, [folder stringByAppendingPathComponent:@"model.mil"]));
-    ANELLM_TRY(write_weights(program, weights));
-    const BOOL ok = [program->model compileWithQoS:program->qos options:@{} error:&error];
-    end_compile(ok);
-    return ok ? ANELLM_OK : failed(device, ANELLM_COMPILE, "compileWithQoS", error);
+    program->from_cache = is_compiled(program);
+    if (!program->from_cache) return compile_model(program);
+    device->counters.cache_hits++;
+    return ANELLM_OK;
 }
 
 static int compile_locked(struct compile_call *call) {
@@ -531,7 +565,6 @@ static int compile_locked(struct compile_call *call) {
     const int status = anellm_ane_signature_read(&program->signature, why, sizeof why, call->mil, call->mil_bytes);
     if (status == ANELLM_COMPILE) return refuse(device, status, why);
     ANELLM_TRY(status);
-    ANELLM_TRY(begin_compile(device));
     return guarded(device, ANELLM_COMPILE, "compile", compile_body, call);
 }
 
@@ -562,11 +595,21 @@ static int ane_compile(anellm_ane *ane, anellm_ane_program **out, const char *mi
 
 /* ---- loading ----------------------------------------------------------------------------------------------------- */
 
+static int load_model(struct ane_program *program) {
+    NSError *error = nil;
+    if ([program->model loadWithQoS:program->qos options:@{} error:&error]) return ANELLM_OK;
+    return failed(program->device, ANELLM_COMPILE, "loadWithQoS", error);
+}
+
 static int load_body(void *call) {
     struct ane_program *program = call;
-    NSError *error = nil;
-    if (![program->model loadWithQoS:program->qos options:@{} error:&error])
-        return failed(program->device, ANELLM_COMPILE, "loadWithQoS", error);
+    int status = load_model(program);
+    if (status != ANELLM_OK && program->from_cache) { /* macOS has given it up, or what it has is damaged */
+        status = compile_model(program);
+        if (status == ANELLM_COMPILE) program->device->counters.compile_failures++;
+        if (status == ANELLM_OK) status = load_model(program);
+    }
+    ANELLM_TRY(status);
     program->loaded = 1;
     program->device->counters.loaded++;
     program->device->counters.loads++;
@@ -878,7 +921,7 @@ static const char probe_text[] =
 enum { PROBE_BYTES = 49152, PROBE_WARM_UP = 5, PROBE_TIMED = 31 };
 static const double PROBE_MARGIN = 0.9;
 
-static struct ane_device *new_device(int qos, double backoff, int64_t max_compiles) {
+static struct ane_device *new_device(int qos, double backoff, int64_t max_compiles, int use_cache) {
     struct ane_device *device = calloc(1, sizeof *device);
     if (device == NULL || pthread_mutex_init(&device->mutex, NULL) != 0) {
         free(device);
@@ -889,6 +932,7 @@ static struct ane_device *new_device(int qos, double backoff, int64_t max_compil
     device->qos = qos;
     device->backoff = backoff;
     device->max_compiles = max_compiles;
+    device->use_cache = use_cache;
     return device;
 }
 
@@ -918,16 +962,16 @@ static int probe_qos(const struct ane_device *model, int qos, double *us) {
     anellm_ane_program *program = NULL;
     anellm_ane_surface *surfaces[2] = {NULL, NULL};
     anellm_ane_request *request = NULL;
-    struct ane_device *device = new_device(qos, model->backoff, model->max_compiles);
+    struct ane_device *device = new_device(qos, model->backoff, model->max_compiles, model->use_cache);
     if (device == NULL) return 0;
     const int compiled = ane_compile(&device->ane, &program, probe_text, (int64_t)sizeof probe_text - 1, NULL, 0);
     int status = compiled;
     if (status == ANELLM_OK) status = ane_load(program);
     for (int i = 0; i < 2 && status == ANELLM_OK; i++)
         status = ane_surface_create(&device->ane, &surfaces[i], PROBE_BYTES);
-    if (status == ANELLM_OK)
-        status = ane_request_create(program, &request, 0, surfaces, &index, 1, surfaces + 1, &index, 1);
-    if (status == ANELLM_OK) time_evaluations(program, request, us);
+    if (surfaces[0] != NULL && surfaces[1] != NULL)
+        ane_request_create(program, &request, 0, surfaces, &index, 1, surfaces + 1, &index, 1);
+    if (request != NULL) time_evaluations(program, request, us);
     if (request != NULL) ane_request_free(request);
     for (int i = 0; i < 2; i++) {
         if (surfaces[i] != NULL) ane_surface_free(surfaces[i]);
@@ -1085,6 +1129,8 @@ static int find_classes(void *unused) {
     if (framework.model == nil) return ANELLM_UNAVAILABLE;
     framework.surface = find_class(@"_ANEIOSurfaceObject", @selector(objectWithIOSurface:), NULL);
     if (framework.surface == nil) return ANELLM_UNAVAILABLE;
+    framework.has_cache =
+        [(Class)(id)framework.model instancesRespondToSelector:@selector(compiledModelExists)] ? 1 : 0;
     framework.request = find_class(@"_ANERequest",
                                    @selector(requestWithInputs:inputIndices:outputs:outputIndices:weightsBuffer:
                                                      perfStats:procedureIndex:),
@@ -1140,12 +1186,24 @@ static int read_number(double *out, const char *name, double missing, double low
                        name, low, high, text);
 }
 
+/* "on" or "off" from the environment, or `missing`. */
+static int read_switch(int *out, const char *name, int missing) {
+    const char *text = getenv(name);
+    *out = missing;
+    if (text == NULL || text[0] == '\0') return ANELLM_OK;
+    *out = strcmp(text, "on") == 0;
+    if (*out || strcmp(text, "off") == 0) return ANELLM_OK;
+    return anellm_fail(ANELLM_INVALID, "environment variable %s: expected on or off, found \"%.40s\"", name, text);
+}
+
 int anellm_ane_apple_open(anellm_ane **out, const anellm_ane_profile *profile) {
     double qos, backoff;
+    int use_cache;
     *out = NULL;
     ANELLM_TRY(read_number(&qos, "ANELLM_ANE_QOS", ANELLM_ANE_QOS_AUTO, 0, 63));
     ANELLM_TRY(read_number(&backoff, "ANELLM_ANE_BACKOFF", BACKOFF_SECONDS, 0, 600));
-    struct ane_device *device = new_device((int)qos, backoff, profile->max_compiles);
+    ANELLM_TRY(read_switch(&use_cache, "ANELLM_ANE_CACHE", 1));
+    struct ane_device *device = new_device((int)qos, backoff, profile->max_compiles, use_cache);
     if (device == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for a device");
     pthread_mutex_lock(&framework.mutex);
     const int status = framework.ready ? ANELLM_OK : resolve_framework(device);
