@@ -912,7 +912,8 @@ static int ane_evaluate(anellm_ane_program *ane, anellm_ane_request *request) {
 static const char probe_text[] =
     "program(1.3)\n"
     "[buildInfo = dict<string, string>({{\"coremlc-component-MIL\", \"3510.2.1\"}, "
-    "{\"coremlc-version\", \"3505.4.1\"}, {\"coremltools-component-milinternal\", \"\"}, {\"coremltools-version\", \"9.0\"}})]\n"
+    "{\"coremlc-version\", \"3505.4.1\"}, {\"coremltools-component-milinternal\", \"\"}, "
+    "{\"coremltools-version\", \"9.0\"}})]\n"
     "{\n"
     "    func main<ios18>(tensor<fp16, [1, 64, 1, 64]> a_input0) {\n"
     "        tensor<fp16, [1, 64, 1, 64]> z_output0 = mul(x = a_input0, y = a_input0)[name = string(\"z_output0\")];\n"
