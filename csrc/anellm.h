@@ -295,7 +295,10 @@ typedef struct {
     char detail[384];                             /* ours: line:column, the rule's id in ANE.md, why */
 } anellm_ane_error;
 typedef struct {
-    int64_t compiles, compile_failures, cache_hits, loaded, loads, evaluations, evaluation_failures;
+    int64_t compiles, compile_failures;
+    int64_t cache_hits;                           /* what was compiled before: compiled once more and faster by the
+                                                     simulator, not at all by "ane" */
+    int64_t loaded, loads, evaluations, evaluation_failures;
     double modelled_ms;                           /* time that the chip would have taken so far */
     int64_t mac_fast, mac_exact;                  /* tiles of products: numerics = fast took the short way, or not */
 } anellm_ane_counters;

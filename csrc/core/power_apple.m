@@ -86,7 +86,8 @@ static void subscribe(void) {
     if (channels == NULL) return;
     ioreport.channels = [(NSDictionary *)channels mutableCopy]; /* the subscription may want to change it */
     CFRelease(channels);
-    ioreport.subscription = create_subscription(NULL, (CFDictionaryRef)ioreport.channels, &ioreport.subscribed, 0, NULL);
+    ioreport.subscription =
+        create_subscription(NULL, (CFDictionaryRef)ioreport.channels, &ioreport.subscribed, 0, NULL);
     if (ioreport.subscribed == NULL) ioreport.subscription = NULL;
 }
 

@@ -53,7 +53,8 @@ static const anellm_ane_profile profile = {
 static struct {
     void (*fail)(const char *, int, int, int);
     int (*count)(const char *), (*live)(void);
-    void (*keep)(int), (*unload_cleans)(int), (*expect_qos)(int), (*slow_down)(int, int), (*close)(void), (*shim_fail)(const char *, int);
+    void (*keep)(int), (*unload_cleans)(int), (*expect_qos)(int), (*slow_down)(int, int), (*close)(void);
+    void (*shim_fail)(const char *, int);
     double (*last_gap)(void);
 } fake;
 

@@ -1,7 +1,7 @@
 /* A strict model of the part of libIOReport that power_apple.m uses, for GNUstep (apple_shim.m says how CoreFoundation
- * is there). Each sample is 2 s after the one before it, of a machine that takes 1 W in the CPU, 0.5 W in the GPU, 0.25 W
- * in the engine and 0.125 W in memory. Channels are those of a chip with two dies, with parts that must not be counted.
- */
+ * is there). Each sample is 2 s after the one before it, of a machine that takes 1 W in the CPU, 0.5 W in the GPU,
+ * 0.25 W in the engine and 0.125 W in memory. Channels are those of a chip with two dies, with parts that must not be
+ * counted. */
 #import <CoreFoundation/CoreFoundation.h>
 #import <Foundation/Foundation.h>
 #include <stdatomic.h>

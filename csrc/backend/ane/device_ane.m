@@ -513,8 +513,8 @@ struct compile_call {
     const anellm_ane_file *files;
 };
 
-/* Whether macOS has it compiled. It keeps what it compiled, beyond the process, by the hash of text, weights and options
- * that hexStringIdentifier is; compileWithQoS: would compile it all the same, loadWithQoS: looks there first (Q62). */
+/* Whether macOS has it compiled. It keeps what it compiled, beyond the process, by the hash of text, weights and
+ * options that hexStringIdentifier is, and loadWithQoS: looks there first (Q62). */
 static int is_compiled(const struct ane_program *program) {
     if (!framework.has_cache || !program->device->use_cache) return 0;
     @try {
@@ -911,8 +911,9 @@ static int ane_evaluate(anellm_ane_program *ane, anellm_ane_request *request) {
 /* A product of the input with itself; surfaces of the least size (Q09). */
 static const char probe_text[] =
     "program(1.3)\n"
-    "[buildInfo = dict<string, string>({{\"coremlc-component-MIL\", \"3510.2.1\"}, {\"coremlc-version\", \"3505.4.1\"}, "
-    "{\"coremltools-component-milinternal\", \"\"}, {\"coremltools-version\", \"9.0\"}})]\n"
+    "[buildInfo = dict<string, string>({{\"coremlc-component-MIL\", \"3510.2.1\"}, "
+    "{\"coremlc-version\", \"3505.4.1\"}, {\"coremltools-component-milinternal\", \"\"}, "
+    "{\"coremltools-version\", \"9.0\"}})]\n"
     "{\n"
     "    func main<ios18>(tensor<fp16, [1, 64, 1, 64]> a_input0) {\n"
     "        tensor<fp16, [1, 64, 1, 64]> z_output0 = mul(x = a_input0, y = a_input0)[name = string(\"z_output0\")];\n"
@@ -955,8 +956,8 @@ static int time_evaluations(anellm_ane_program *program, anellm_ane_request *req
     return ANELLM_OK;
 }
 
-/* Time one class on a device of its own, whose counters and errors are nobody's. Whether it is worth going on: a compile
- * that is refused is not tried again, because the service restarts (Q57). */
+/* Time one class on a device of its own, whose counters and errors are nobody's. Whether it is worth going on: a
+ * compile that is refused is not tried again, because the service restarts (Q57). */
 static int probe_qos(const struct ane_device *model, int qos, double *us) {
     const int32_t index = 0;
     anellm_ane_program *program = NULL;
