@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,7 +76,7 @@ def check_policy(policy: str, what: str = "activation_checkpoint") -> int | None
     raise ConfigError(f"{what}: expected {expected} (N from 1) or none, found {policy!r:.80}")
 
 
-def saved_layers(n_layers: int, policy: str) -> SavedLayers:
+def saved_layers(n_layers: int, policy: str, boundaries: Sequence[int] = ()) -> SavedLayers:
     """Return what forward keeps for backward.
 
     ===========  ============================================  ==============================================
@@ -100,6 +101,8 @@ def saved_layers(n_layers: int, policy: str) -> SavedLayers:
     Args:
         n_layers: layers, at least 1.
         policy: one of the above.
+        boundaries: layers whose input is kept under every policy: the first of each group (PipelinePlan.boundaries),
+            since what is computed again must not need another group's programs.
 
     Raises:
         ConfigError: naming what was expected and what was found.
@@ -109,14 +112,18 @@ def saved_layers(n_layers: int, policy: str) -> SavedLayers:
     every = check_policy(policy)
     if not isinstance(n_layers, int) or isinstance(n_layers, bool) or n_layers < 1:
         raise ConfigError(f"n_layers: expected a whole number from 1, found {n_layers!r}")
+    for layer in boundaries:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < n_layers:
+            raise ConfigError(f"boundary: expected a layer from 0 to {n_layers - 1}, found {layer!r}")
     layers = tuple(range(n_layers))
     if policy == "all":
         return SavedLayers(n_layers, layers, layers, n_layers)
+    interval = every or {"none": n_layers, "sqrt": math.isqrt(n_layers), "boundary": 1}[policy]
+    inputs = tuple(sorted({*layers[::interval], *boundaries}))
     if policy == "none":
-        return SavedLayers(n_layers, (0,), layers[-1:], 1)
-    interval = every or (math.isqrt(n_layers) if policy == "sqrt" else 1)
-    inputs = layers[::interval]
-    return SavedLayers(n_layers, inputs, layers[inputs[-1] :], min(interval, n_layers))
+        return SavedLayers(n_layers, inputs, layers[-1:], 1)
+    longest = max(end - start for start, end in zip(inputs, (*inputs[1:], n_layers), strict=True))
+    return SavedLayers(n_layers, inputs, layers[inputs[-1] :], longest)
 
 
 def checkpoint_interval(n_layers: int, policy: str) -> int:

@@ -55,6 +55,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("anellm.prepare", "turn text into shards of tokens, with any tokenizer or one that is learnt"),
     "sim": ("anellm.sim", "run and check programs for the Neural Engine on a simulated one"),
     "mil": ("anellm.mil", "write the programs that a model runs on a Neural Engine"),
+    "plan": ("anellm.plan", "forecast training with weights in the programs: groups, restarts, memory, time"),
     "info": ("anellm.info", "show the device, the CPU variant and the versions in use"),
 }
 

@@ -32,7 +32,7 @@ class ConvertConfig(CommonOptions):
     """The options of ``convert``."""
 
     model: str | None = option(
-        None, "run, checkpoint or Hugging Face directory, llama2.c .bin or GGUF file", group="model"
+        None, "run, checkpoint or Hugging Face directory, llama2.c .bin, GGUF or BLZT file", group="model"
     )
     tokenizer: str | None = option(None, "tokenizer to copy [the one of the model]", group="model")
     out: str | None = option(None, "directory (hf) or file to write", group="output")
@@ -40,6 +40,13 @@ class ConvertConfig(CommonOptions):
     dtype: str = option("float32", "type of the weights, for hf", choices=tuple(weights_hf.DTYPES), group="output")
     max_shard_bytes: int = option(
         weights_hf.MAX_SHARD_BYTES, "most bytes of weights in one file, for hf", low=1, high=2**62, group="output"
+    )
+    residual_scale: float = option(
+        1.0,
+        "multiply o_proj and down_proj by this: for a BLZT checkpoint whose trainer scaled what layers add",
+        above=0,
+        high=2**64,
+        group="output",
     )
     overwrite: bool = option(False, "replace what is there", group="output", flag_only=True)
     verify: bool = option(True, "read back what was written and compare it", group="output", flag_only=True)
@@ -99,6 +106,14 @@ def _write_tokenizer(folder: Path, tokenizer: BaseTokenizer, shadows: list[Path]
     return [folder / name for name in tokenizer.files()]
 
 
+def _scale_residuals(model: Model, scale: float) -> None:
+    """Multiply what writes to the residual stream."""
+    for name, array in model.params.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            np.multiply(array, np.float32(scale), out=array)
+    model.weights_changed()
+
+
 def _fixed_tokens(config: ModelConfig) -> np.ndarray:
     """Return the (B, T) int32 tokens on which logits are compared: the same for every model of a vocabulary."""
     count = min(_LONGEST, config.max_seq_len)
@@ -153,6 +168,8 @@ def run(config: ConvertConfig) -> Result:
     shadows = [] if tokenizer is None else _check_tokenizer(folder, tokenizer, overwrite=config.overwrite)
     check_fits(memory(shape, _BATCH, min(_LONGEST, shape.max_seq_len), training=False))
     model = Model.from_pretrained(path, device=config.device)
+    if config.residual_scale != 1.0:
+        _scale_residuals(model, config.residual_scale)
     if kind == "hf":
         weights.save_hf(out, model.config, model.params, config.dtype, config.max_shard_bytes)
     else:
@@ -175,6 +192,7 @@ def run(config: ConvertConfig) -> Result:
         "out": str(out),
         "format": kind,
         "dtype": config.dtype,
+        "residual_scale": config.residual_scale,
         "n_params": model.n_params(),
         "files": {str(file): file.stat().st_size for file in files},
         "tokenizer": str(kept[0]) if kept else None,

@@ -148,8 +148,11 @@ def _modelled_ms(mil: str, files: tuple[tuple[str, bytes], ...], chip: _Priced) 
 
 
 def _clock_ms(program: AneProgram, chip: Chip) -> float:
-    """Return the modelled time of an evaluation in the middle of a run. Zeros are as slow as other values."""
-    steady = changed(chip, {"idle_us": 0.0, "slow_after_evaluations": 0.0})
+    """Return the modelled time of an evaluation in the middle of a run. Zeros are as slow as other values.
+
+    How sums are rounded takes no time in the model, but does where it is computed exactly: left out.
+    """
+    steady = changed(chip, {"idle_us": 0.0, "slow_after_evaluations": 0.0, "mac_tile": 0})
     return _modelled_ms(program.mil, tuple(sorted(program.files.items())), _Priced(steady))
 
 

@@ -1,8 +1,8 @@
-"""Read and write pretrained models: Hugging Face directories, llama2.c files, and GGUF files (read only).
+"""Read and write pretrained models: Hugging Face directories, llama2.c files; GGUF and BLZT files (read only).
 
-This is the front door: it finds out what a path is, and hands over to `weights_hf`, `weights_llama2c` or
-`weights_gguf`. Tensors travel as (Hugging Face name, fp32 array) one at a time, from a memory-mapped file, so a model
-is never in memory twice.
+This is the front door: it finds out what a path is, and hands over to `weights_hf`, `weights_llama2c`, `weights_gguf`
+or `weights_blzt`. Tensors travel as (Hugging Face name, fp32 array) one at a time, from a memory-mapped file, so a
+model is never in memory twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LLAMA2C_VERSIONS = {"llama2c": 0, "llama2c-v1": 1}  # format as users name it ->
 # What other formats start with, to name them instead of calling their header damaged.
 _FOREIGN_MAGIC = {
     b"PK\x03\x04": "a PyTorch (pickle) file",
-    b"TZLB": "a checkpoint of the ANE training examples",
+    b"BLZT": "a checkpoint of the ANE training examples from a big-endian machine",
 }
 
 
@@ -230,8 +230,9 @@ def load_pretrained(path: str | Path) -> Pretrained:
     Headers, names, shapes, dtypes and sizes are checked now, values while the tensors are read.
 
     Args:
-        path: a llama2.c .bin file (version 0, 1 or 2), a GGUF file, a Hugging Face directory (config.json and
-            safetensors), a checkpoint directory, or a run directory (its best checkpoint, else its newest).
+        path: a llama2.c .bin file (version 0, 1 or 2), a GGUF file, a BLZT checkpoint of the original ANE trainer, a
+            Hugging Face directory (config.json and safetensors), a checkpoint directory, or a run directory (its best
+            checkpoint, else its newest).
 
     Returns:
         The configuration and an iterator over the tensors.
@@ -240,7 +241,7 @@ def load_pretrained(path: str | Path) -> Pretrained:
         DataError: when the path holds no model, or a damaged one.
         UnavailableError: when a quantised GGUF file needs a package that is not installed.
     """
-    from anellm import weights_gguf, weights_hf, weights_llama2c
+    from anellm import weights_blzt, weights_gguf, weights_hf, weights_llama2c
 
     target = resolve(path)
     tokenizer = _tokenizer_of(target)
@@ -248,23 +249,28 @@ def load_pretrained(path: str | Path) -> Pretrained:
         config, tensors = weights_hf.read(target)
     elif _is_gguf(target):
         config, tensors = weights_gguf.read(target)
+    elif _magic(target) == weights_blzt.MAGIC:
+        config, tensors = weights_blzt.read(target)
     else:
         _refuse_foreign(target)
         config, tensors = weights_llama2c.read(target)
     return Pretrained(config, checked(tensors, str(target)), str(target), tokenizer)
 
 
-def _is_gguf(path: Path) -> bool:
+def _magic(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+        return file.read(4)
+
+
+def _is_gguf(path: Path) -> bool:
+    return _magic(path) == b"GGUF"
 
 
 def _refuse_foreign(path: Path) -> None:
     """Name a file of another format instead of calling it a damaged llama2.c file."""
     if path.suffix == ".safetensors":
         raise errors.DataError(f"{path}: pass the directory that holds it together with its config.json")
-    with path.open("rb") as file:
-        magic = file.read(4)
+    magic = _magic(path)
     if magic in _FOREIGN_MAGIC:
         raise errors.DataError(f"{path}: expected a llama2.c or GGUF file, found {_FOREIGN_MAGIC[magic]}")
 

@@ -90,6 +90,43 @@ def bit_flips(data: bytes, n_header: int, header_bytes: int, n_body: int, seed: 
         yield bytes(damaged)
 
 
+# ---- BLZT ----------------------------------------------------------------------------------------------------------
+
+BLZT_PARTS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj",
+    "mlp.up_proj", "input_layernorm", "post_attention_layernorm",
+)  # fmt: skip
+
+
+def interleaved_heads(config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
+    """Return a tensor with the rows of q and k in llama2.c's order."""
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
+    return array if heads is None else interleaved(array, heads)
+
+
+def blzt_bytes(config: ModelConfig, params: Params, version: int, says: int | None = None, **changes: Any) -> bytes:
+    """Return a checkpoint of the original trainer, its moments made up; it says another version, or other fields."""
+    fields: dict[str, Any] = {
+        "magic": 0x424C5A54, "version": version if says is None else says, "step": 120, "total_steps": 10000,
+        "n_layers": config.n_layers,
+        "vocab_size": config.vocab_size, "dim": config.dim, "hidden_dim": config.hidden_dim,
+        "n_heads": config.n_heads, "seq_len": config.max_seq_len, "lr": 3e-4, "loss": 5.5, "cum_compile": 7.5,
+        "cum_train": 1234.5, "cum_wall": 2000.0, "cum_steps": 120, "cum_batches": 12, "adam_t": 12,
+    }  # fmt: skip
+    rest = (config.n_kv_heads, config.head_dim, config.q_dim) if version == 4 else (0, 0, 0)
+    fields |= dict(zip(("pad0", "pad1", "pad2"), rest, strict=True)) | changes
+    data = struct.pack("<10i2f3d6i", *fields.values())
+
+    def group(names: list[str]) -> bytes:
+        arrays = [interleaved_heads(config, name, params[name]) for name in names]
+        moments = [m for a in arrays for m in (a * np.float32(0.1), a * a)]
+        return b"".join(np.ascontiguousarray(a, "<f4").tobytes() for a in [*arrays, *moments])
+
+    for layer in range(config.n_layers):
+        data += group([f"model.layers.{layer}.{part}.weight" for part in BLZT_PARTS])
+    return data + group(["model.norm.weight"]) + group(["model.embed_tokens.weight"])
+
+
 # ---- GGUF ----------------------------------------------------------------------------------------------------------
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)

@@ -172,7 +172,7 @@ def test_llama2c_any_header(tmp_path: Path, header: list[int], n_body: int) -> N
         assert 28 + 4 * (sum(a.size for a in tensors.values()) + tables) == 28 + n_body
 
 
-@pytest.mark.parametrize(("magic", "what"), [(b"PK\x03\x04", "pickle"), (b"TZLB", "ANE")])
+@pytest.mark.parametrize(("magic", "what"), [(b"PK\x03\x04", "pickle"), (b"BLZT", "big-endian")])
 def test_other_formats_are_named(tmp_path: Path, magic: bytes, what: str) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(magic + bytes(2000))

@@ -6,6 +6,7 @@ The same targets are replayed over ``corpus/`` by test_corpus.py, and driven by 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import hashlib
 import json
@@ -106,6 +107,12 @@ def hf_index(data: bytes) -> None:
 
 def llama2c(data: bytes) -> None:
     path = folder() / "llama2c.bin"
+    path.write_bytes(data)
+    read_model(path)
+
+
+def blzt(data: bytes) -> None:
+    path = folder() / "blzt.bin"
     path.write_bytes(data)
     read_model(path)
 
@@ -262,6 +269,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "hf_config": hf_config,
     "hf_index": hf_index,
     "llama2c": llama2c,
+    "blzt": blzt,
     "gguf": gguf,
     "tokenizer": tokenizer,
     "sentencepiece": sentencepiece,
@@ -307,6 +315,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
     weights.save_llama2c(made / "m.bin", SHAPE, params)
     weights.save_llama2c(made / "m1.bin", SHAPE, params, version=1)
     modelfiles.write_gguf(made / "m.gguf", SHAPE, params)
+    wide = modelfiles.random_params(dataclasses.replace(SHAPE, n_kv_heads=2))
     with safeio.atomic_file(made / "one") as file:
         write_safetensors(file, {"model.norm.weight": params["model.norm.weight"]})
     small = Tokenizer(shipped().pieces[:270], shipped().scores[:270])
@@ -335,6 +344,11 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "v0": (made / "m.bin").read_bytes(),
             "v1": (made / "m1.bin").read_bytes(),
             "v2": b"24ka" + struct.pack("<i7iBi", 2, 4, 4, 1, 2, 1, 8, 4, 1, 4).ljust(256, b"\0") + b"\0" * 300,
+        },
+        "blzt": {
+            "v2": modelfiles.blzt_bytes(dataclasses.replace(SHAPE, n_kv_heads=2), wide, 2),
+            "v4": modelfiles.blzt_bytes(SHAPE, params, 4),
+            "header": modelfiles.blzt_bytes(SHAPE, params, 4)[:96],
         },
         "gguf": {"f32": (made / "m.gguf").read_bytes(), "empty": b"GGUF" + struct.pack("<IQQQ", 3, 0, 0, 0)},
         "tokenizer": {"small": small.to_bytes(), "short": b"\4\0\0\0" + b"\0" * 12},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -87,3 +89,27 @@ def test_a_policy_can_be_checked_before_there_is_a_model() -> None:
 def test_a_number_of_layers_that_is_none_is_refused(n_layers: object) -> None:
     with pytest.raises(ConfigError, match="n_layers: expected a whole number from 1, found"):
         saved_layers(n_layers, "all")  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 100), POLICIES, st.lists(st.integers(0, 99), max_size=4))
+def test_segments_end_where_a_group_does(n_layers: int, policy: str, starts: list[int]) -> None:
+    boundaries = [start for start in starts if start < n_layers]
+    saved, alone = saved_layers(n_layers, policy, boundaries), saved_layers(n_layers, policy)
+    assert set(saved.inputs) == set(alone.inputs) | set(boundaries)
+    assert saved.buffer_layers <= alone.buffer_layers
+    assert [layer for start, end in saved.segments for layer in range(start, end)] == list(range(n_layers))
+
+
+@pytest.mark.parametrize("boundary", [-1, 12, 1.0])
+def test_a_boundary_that_is_no_layer_is_refused(boundary: object) -> None:
+    with pytest.raises(ConfigError, match="boundary: expected a layer from 0 to 11, found"):
+        saved_layers(12, "sqrt", [boundary])  # type: ignore[list-item]
+
+
+def test_the_table_of_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z:N]+)` \|.*\| (?:N = 4: )?(\d+), (\d+), (\d+) \|$", text, re.MULTILINE)
+    assert [policy for policy, *_ in rows] == ["all", "boundary", "every:N", "sqrt", "none"]
+    for policy, *numbers in rows:
+        saved = saved_layers(32, policy.replace("N", "4"))
+        assert [len(saved.inputs), saved.buffer_layers, len(saved.recomputed)] == [int(number) for number in numbers]
