@@ -83,12 +83,18 @@ def why_no_ane() -> str | None:
 
 
 def device_library() -> str | None:
-    """Return the path of a library that is the device ``ane``: ANELLM_ANE_DEVICE names it; None: the built-in one is.
+    """Return the path of a library that is the device ``ane``; None: the built-in one is.
 
-    Such a library exports ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
+    ANELLM_ANE_DEVICE names it. Where there is no built-in one, ``libane_device.so`` beside the framework that
+    ANELLM_ANE_FRAMEWORK names will do: tests/apple/build.sh leaves both in a folder. Such a library exports
+    ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
     """
     path = os.environ.get("ANELLM_ANE_DEVICE", "").strip()
-    return os.path.abspath(path) if path else None
+    if path:
+        return os.path.abspath(path)
+    framework = os.environ.get("ANELLM_ANE_FRAMEWORK", "").strip()
+    beside = os.path.join(os.path.dirname(os.path.abspath(framework)), "libane_device.so")
+    return beside if framework and no_ane_platform() is not None and os.path.isfile(beside) else None
 
 
 def named_device(name: str) -> str:

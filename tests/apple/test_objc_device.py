@@ -278,6 +278,21 @@ def run_cli(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.Compl
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_a_run_equals_the_simulators(built: Path, tmp_path: Path) -> None:
+    """The framework's name is enough: the device is the library beside it."""
+    size = ["--preset", "tiny", "--steps", "20", "--batch-size", "2", "--seq-len", "33", "--eval-interval", "10"]
+    found = []
+    for device in ("ane", "ane-sim"):
+        env = environment(built, tmp_path / "tmp")
+        del env["ANELLM_ANE_DEVICE"]
+        done = run_cli(env, tmp_path, *size, "--device", device, "--out", device)
+        assert done.returncode == 0, done.stderr
+        records = map(json.loads, (tmp_path / device / "metrics.jsonl").read_text().splitlines())
+        found.append([r.get("loss", r.get("val_loss")) for r in records if r["kind"] in ("step", "eval")])
+    assert len(found[0]) >= 22
+    assert found[0] == found[1]
+
+
 def test_the_qos_of_a_run(built: Path, tmp_path: Path) -> None:
     """The flag comes before the environment; what neither says is measured. The losses are the same."""
     size = ["--preset", "tiny", "--steps", "2", "--batch-size", "1", "--seq-len", "32", "--eval-interval", "0"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from anellm._ffi import check, ffi, lib, text
+from anellm.device import device_library
 from anellm.errors import InvalidError, UnavailableError, UnsupportedError
 from anellm.sim import load_chip
 
@@ -105,3 +106,22 @@ def test_null_and_ranges() -> None:
     lib.anellm_ane_surface_free(null)
     lib.anellm_ane_close(device)
     lib.anellm_ane_close(null)
+
+
+def test_the_library_beside_a_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANELLM_ANE_DEVICE", raising=False)
+    monkeypatch.setenv("ANELLM_ANE_FRAMEWORK", str(tmp_path / "framework.so"))
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert device_library() is None
+    (tmp_path / "libane_device.so").touch()
+    assert device_library() == str(tmp_path / "libane_device.so")
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert device_library() is None  # the built-in one takes another framework
+    monkeypatch.setenv("ANELLM_ANE_DEVICE", str(tmp_path / "other.so"))
+    assert device_library() == str(tmp_path / "other.so")
+    monkeypatch.delenv("ANELLM_ANE_DEVICE")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setenv("ANELLM_ANE_FRAMEWORK", " ")
+    monkeypatch.chdir(tmp_path)
+    assert device_library() is None
