@@ -184,7 +184,15 @@ class EngineRun:
             "fallbacks": self.fallbacks(),
             "modelled_ms_per_step": self._modelled_ms / max(1, self._steps - 1) if timed else None,
             "loss_scale": self.scale,
+            **self._compiles(),
         }
+
+    def _compiles(self) -> dict[str, int]:
+        """Return how many programs a real engine compiled, and how many macOS had from before."""
+        if self.engine is None or self.engine.device.simulator is not None:
+            return {}
+        counters = self.engine.device.counters()
+        return {"compiles": int(counters["compiles"]), "cache_hits": int(counters["cache_hits"])}
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from anellm.machine import human_bytes, human_count
 from anellm.measure import perplexity
 from anellm.model import Model
 from anellm.options import unused_device_options
+from anellm.power import describe_energy
 from anellm.progress import Progress, duration
 from anellm.trainer import Trainer, TrainResult, default_seq_len
 
@@ -150,6 +151,8 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         print(f"skipped {state.skipped_steps} steps:", ", ".join(f"{name} ({count})" for name, count in skips.items()))
     if result.ane:
         print(describe_engine(result.ane))
+    if energy := describe_energy(result.energy):
+        print(f"energy: {energy}")
     if result.interrupted:
         print(f"go on:  anellm train --resume --out {path}")
     print(f"write:  anellm generate --model {path}")
@@ -161,6 +164,7 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         "perplexity": None if state.val_loss is None else perplexity(state.val_loss),
         "interrupted": result.interrupted,
         **result.ane,
+        **result.energy,
         **({"skips": skips} if skips else {}),
     }
     return Result(values, EXIT_INTERRUPTED if result.interrupted else 0)
