@@ -10,8 +10,8 @@ import numpy as np
 
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
 from anellm.ane_device import Engine
-from anellm.device import AneOptions, device_library, no_ane_platform, resolve_device
-from anellm.errors import FallbackWarning, InvalidError, UnavailableError
+from anellm.device import QOS, AneOptions, device_library, no_ane_platform, resolve_device
+from anellm.errors import FallbackWarning, InvalidError, UnavailableError, UnsupportedError
 from anellm.sim_chips import Chip, load_chip
 from anellm.sim_device import Simulator
 
@@ -88,6 +88,36 @@ class Refusal(NamedTuple):
         return f"the Neural Engine refused {self.message}; the CPU computes {self.part} in all layers"
 
 
+class AneQos(NamedTuple):
+    """The quality of service that calls of programs to come ask macOS for.
+
+    Attributes:
+        value: a number of macOS' qos_class_t.
+        measured: it was chosen by measurement, in this process.
+        us: class -> median time of a small evaluation, of those that were measured, in microseconds.
+    """
+
+    value: int
+    measured: bool
+    us: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the class, or the number in words where it has none."""
+        return next((name for name in QOS[1:] if qos_value(name) == self.value), str(self.value))
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        times = ", ".join(f"{name} {us:.0f} us" for name, us in self.us.items())
+        how = f", measured: {times or 'nothing, all failed'}" if self.measured else ""
+        return f"{self.name} ({self.value}){how}"
+
+
+def qos_value(name: str) -> int:
+    """Return the number of a class of QOS."""
+    return int(getattr(lib, f"ANELLM_ANE_QOS_{name.upper().replace('-', '_')}"))
+
+
 class AneDevice(Engine):
     """An open Neural Engine.
 
@@ -126,6 +156,8 @@ class AneDevice(Engine):
         check(lib.anellm_ane_open(out, (library or "ane").encode(), limits.c_profile(), ffi.NULL))
         self.min_surface_bytes = int(limits.constants["min_surface_bytes"])
         self._handle = Handle(out[0], lib.anellm_ane_close, "device")
+        if options.qos != "auto":
+            check(lib.anellm_ane_set_qos(self.pointer, qos_value(options.qos)))
 
     @property
     def pointer(self) -> Any:
@@ -141,9 +173,21 @@ class AneDevice(Engine):
             name: int(getattr(info, name)) for name in ("n_engines", "n_cores")
         }
 
+    def qos(self) -> AneQos | None:
+        """Return the quality of service in force, which is measured now if it is to be; None without such a thing."""
+        found = ffi.new("anellm_ane_qos *")
+        try:
+            check(lib.anellm_ane_get_qos(self.pointer, found))
+        except UnsupportedError:
+            return None
+        names = {qos_value(name): name for name in QOS[1:]}
+        times = zip(found.values, found.us, strict=True)
+        return AneQos(int(found.value), bool(found.measured), {names[q]: float(us) for q, us in times if us > 0})
+
     def describe(self) -> dict[str, Any]:
         """Return its name and settings, for metrics.jsonl and the manifest."""
         simulated = self.chip is not None
+        qos = self.qos()
         return {
             "device": self.name,
             "chip": self.chip.name if self.chip is not None else None,
@@ -152,6 +196,7 @@ class AneDevice(Engine):
             "ane_softmax": self.options.softmax,
             "ane_fallback": self.options.fallback,
             "ane_mode": self.options.mode,
+            **({} if qos is None else {"ane_qos": qos.name, "ane_qos_measured": qos.measured}),
         }
 
     def __str__(self) -> str:

@@ -162,9 +162,7 @@ class EngineRun:
             numbers = found if isinstance(found, list) else [found]
             right = isinstance(found, list) == (length is not None) and len(numbers) == (length or 1)
             if not right or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
-                raise CheckpointError(
-                    f"{path}: partial: {name}: expected {length or 1} numbers, found {found!r:.80}"
-                )
+                raise CheckpointError(f"{path}: partial: {name}: expected {length or 1} numbers, found {found!r:.80}")
         ane, cpu = self._total_flops()
         self._flops_before = ane - partial["flops"][0], cpu - partial["flops"][1]
         self._modelled_ms, self._steps = partial["modelled_ms"], partial["steps"]
@@ -229,7 +227,15 @@ class EngineRun:
             "fallbacks": self.fallbacks(),
             "modelled_ms_per_step": self._modelled_ms / max(1, self._steps - 1) if timed else None,
             "loss_scale": self.scale,
+            **self._compiles(),
         }
+
+    def _compiles(self) -> dict[str, int]:
+        """Return how many programs a real engine compiled, and how many macOS had from before."""
+        if self.engine is None or self.engine.device.simulator is not None:
+            return {}
+        counters = self.engine.device.counters()
+        return {"compiles": int(counters["compiles"]), "cache_hits": int(counters["cache_hits"])}
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

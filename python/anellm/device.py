@@ -19,6 +19,7 @@ NUMERICS = ("exact", "fast")
 SOFTMAX = ("ane", "cpu")
 FALLBACK = ("cpu", "error")
 MODES = ("dynamic", "static")
+QOS = ("auto", "background", "utility", "default", "user-initiated", "user-interactive")  # enum anellm_ane_qos_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class AneOptions:
         mode: "dynamic": weights are inputs of programs that are compiled once; "static": each layer has programs with
             its weights in them, which are compiled again when the weights have changed. Not with softmax="cpu".
         compile_budget: programs that may be compiled in this process; more is an UnsupportedError. 0: no limit of ours.
+        qos: quality of service that a real engine's calls ask macOS for, one of QOS; "auto": ANELLM_ANE_QOS, else the
+            fastest by measurement, on first use.
 
     Raises:
         InvalidError: naming the field, what was expected and what was found.
@@ -49,12 +52,13 @@ class AneOptions:
     fallback: str = "cpu"
     mode: str = "dynamic"
     compile_budget: int = 0
+    qos: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.chip, str) or not self.chip or "\0" in self.chip:
             raise InvalidError(f"chip: expected a name or the path of a .json file, found {self.chip!r}")
-        choices = ("numerics", NUMERICS), ("softmax", SOFTMAX), ("fallback", FALLBACK), ("mode", MODES)
-        for name, known in choices:
+        choices = {"numerics": NUMERICS, "softmax": SOFTMAX, "fallback": FALLBACK, "mode": MODES, "qos": QOS}
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise InvalidError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
@@ -90,12 +94,18 @@ def why_no_ane() -> str | None:
 
 
 def device_library() -> str | None:
-    """Return the path of a library that is the device ``ane``: ANELLM_ANE_DEVICE names it; None: the built-in one is.
+    """Return the path of a library that is the device ``ane``; None: the built-in one is.
 
-    Such a library exports ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
+    ANELLM_ANE_DEVICE names it. Where there is no built-in one, ``libane_device.so`` beside the framework that
+    ANELLM_ANE_FRAMEWORK names will do: tests/apple/build.sh leaves both in a folder. Such a library exports
+    ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
     """
     path = os.environ.get("ANELLM_ANE_DEVICE", "").strip()
-    return os.path.abspath(path) if path else None
+    if path:
+        return os.path.abspath(path)
+    framework = os.environ.get("ANELLM_ANE_FRAMEWORK", "").strip()
+    beside = os.path.join(os.path.dirname(os.path.abspath(framework)), "libane_device.so")
+    return beside if framework and no_ane_platform() is not None and os.path.isfile(beside) else None
 
 
 def named_device(name: str) -> str:

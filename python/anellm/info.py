@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -51,6 +52,18 @@ def _total_bytes() -> int | None:
         return None
 
 
+def _power() -> dict[str, Any]:
+    """Return what counts energy here, and the thermal state: null where nothing does or it is not known."""
+    from anellm.power import open_source
+
+    source = open_source()
+    if source is None:
+        return {"source": None, "thermal_state": None}
+    with contextlib.closing(source):
+        reading = source.read()
+    return {"source": reading.source or None, "thermal_state": reading.thermal_state}
+
+
 def _names(value: str) -> list[str]:
     return [name for name in value.split(",") if name]
 
@@ -78,6 +91,7 @@ def collect(threads: int, device: str = "auto") -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": _total_bytes(),
         "memory_available_bytes": available_bytes(),
+        "power": _power(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "system": platform.system(),
@@ -87,6 +101,11 @@ def collect(threads: int, device: str = "auto") -> dict[str, Any]:
             k: v for k, v in sorted(os.environ.items()) if k.startswith("ANELLM_") or k == "OMP_NUM_THREADS"
         },
     }
+
+
+def _energy_line(power: dict[str, Any]) -> str:
+    counted = "not counted" if power["source"] is None else f"counted by {power['source']}"
+    return counted if power["thermal_state"] is None else f"{counted}; thermal state {power['thermal_state']}"
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -105,6 +124,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("cpu features", ", ".join(found["cpu_features"]) or "none that anellm uses"),
         ("threads", f"{found['threads']} (of {found['cpus']} CPUs)"),
         ("memory", f"{total}, available {free}"),
+        ("energy", _energy_line(found["power"])),
         ("python", f"{found['python']} ({sys.implementation.name})"),
         ("packages", packages),
         ("platform", found["platform"]),

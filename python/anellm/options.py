@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from anellm.device import DEVICES, FALLBACK, MAX_THREADS, MODES, NUMERICS, SOFTMAX, AneOptions, named_device
+from anellm.device import DEVICES, FALLBACK, MAX_THREADS, MODES, NUMERICS, QOS, SOFTMAX, AneOptions, named_device
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -311,6 +311,7 @@ _DEVICE_OPTIONS = {
     "ane_softmax": ("ane", "ane-sim"),
     "ane_fallback": ("ane", "ane-sim"),
     "ane_mode": ("ane", "ane-sim"),
+    "ane_qos": ("ane",),
 }
 
 
@@ -352,6 +353,13 @@ class DeviceOptions(CommonOptions):
         choices=MODES,
         group="machine",
     )
+    ane_qos: str | None = option(
+        None,
+        "quality of service of a real engine's calls; auto measures which is fastest; environment: ANELLM_ANE_QOS "
+        "[auto]",
+        choices=QOS,
+        group="machine",
+    )
 
     def __post_init__(self) -> None:
         device = named_device(self.device)
@@ -375,6 +383,7 @@ class DeviceOptions(CommonOptions):
             "softmax": self.ane_softmax,
             "fallback": self.ane_fallback,
             "mode": self.ane_mode,
+            "qos": self.ane_qos,
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -403,6 +412,7 @@ class DeviceOptions(CommonOptions):
             "ane_softmax": options.softmax,
             "ane_fallback": options.fallback,
             "ane_mode": options.mode,
+            "ane_qos": options.qos,
         }
         values |= dict.fromkeys(unused_device_options(device))
         return dataclasses.replace(self, device=device, **values)

@@ -22,6 +22,7 @@ from anellm.machine import human_bytes, human_count
 from anellm.measure import perplexity
 from anellm.model import Model
 from anellm.options import unused_device_options
+from anellm.power import describe_energy
 from anellm.progress import Progress, duration
 from anellm.tokenizer import find_tokenizer_file, load_tokenizer_file
 from anellm.trainer import Trainer, TrainResult, default_seq_len
@@ -190,6 +191,8 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         print(f"skipped {state.skipped_steps} steps:", ", ".join(f"{name} ({count})" for name, count in skips.items()))
     if result.ane:
         print(describe_engine(result.ane))
+    if energy := describe_energy(result.energy):
+        print(f"energy: {energy}")
     if result.images:
         print(
             f"{result.images['groups']} groups of layers, {result.images['restarts']} restarts, "
@@ -207,6 +210,7 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         "interrupted": result.interrupted,
         **result.ane,
         **result.images,
+        **result.energy,
         **({"skips": skips} if skips else {}),
     }
     return Result(values, EXIT_INTERRUPTED if result.interrupted else 0)

@@ -35,6 +35,7 @@ from anellm.metrics import rss_mib
 from anellm.model import GradNorm
 from anellm.optim import AdamW, clip_scale
 from anellm.pipeline_run import PipelineRun
+from anellm.power import EnergyRun, open_source
 from anellm.profile import Tracer
 from anellm.rundir import AUTO, RunDirectory
 from anellm.schedule import default_learning_rate, learning_rate
@@ -61,6 +62,7 @@ class TrainResult:
         out: the run directory, or None.
         ane: device, chip, numerics, share of the FLOPs and modelled time of the Neural Engine; empty on the CPU.
         images: images, restarts and compilations of a run by a plan; else empty.
+        energy: what the steps took, by EnergyRun.summary(); empty where it is not known.
     """
 
     state: TrainState
@@ -69,6 +71,7 @@ class TrainResult:
     out: Path | None
     ane: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     images: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    energy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def default_seq_len(config: TrainConfig, max_seq_len: int) -> int:
@@ -209,6 +212,7 @@ class Trainer:
         self._stop = False
         self._step_start = 0.0
         self._last_saved: int | None = None
+        self._energy = EnergyRun(None)
         self._owns_run = run is None
         self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
         self._pipeline: PipelineRun | None = None
@@ -357,6 +361,8 @@ class Trainer:
             Restart: where a plan asks for another process, and this one is to be replaced.
         """
         done = False
+        if self._pipeline is None:  # of many processes none counts them all
+            self._energy = EnergyRun(open_source())
         try:
             self._begin_run()
             with self._tracer, self._signals():
@@ -380,8 +386,10 @@ class Trainer:
             done = True
             out = None if self.run is None else self.run.path
             images = {} if self._pipeline is None else self._pipeline.summary()
-            return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), images)
+            energy = self._energy.summary()
+            return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), images, energy)
         finally:
+            self._energy.close()
             self._close(done=done)
 
     def _begin_run(self) -> None:
@@ -408,6 +416,7 @@ class Trainer:
         loss, gradient, error = math.nan, GradNorm(math.nan, 0, None), None
         self._ane.begin_step(self._partial)
         self._partial = None
+        self._energy.begin_step()
         try:
             loss, gradient = self._gradient(n_micro)
         except (NonFiniteError, EvalError) as failure:
@@ -421,7 +430,8 @@ class Trainer:
                 self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm) / self._ane.scale)
             state.optimizer_step += 1
             state.bad_steps = 0
-        state.tokens += config.batch_size * self.seq_len * n_micro
+        tokens = config.batch_size * self.seq_len * n_micro
+        state.tokens += tokens
         state.step += 1
         seconds = time.perf_counter() - self._step_start
         state.seconds += seconds
@@ -436,8 +446,9 @@ class Trainer:
                 "grad_norm": gradient.norm,
                 "tokens": state.tokens,
                 "seconds": state.seconds,
-                "tokens_per_s": config.batch_size * self.seq_len * n_micro / max(seconds, 1e-9),
+                "tokens_per_s": tokens / max(seconds, 1e-9),
                 "rss_mib": round(rss_mib(), 1),
+                **self._energy.step_values(tokens, logged=logged),
                 **self._ane.step_values(state.skipped_steps + bad, activations=logged and error is None),
             }
         )
@@ -543,6 +554,7 @@ class Trainer:
         """Measure the held-out loss; a non-finite one never becomes the best."""
         if self.val_data is None:
             return
+        self._energy.pause()
         state, config = self.state, self.config
         try:
             with self._tracer.span("eval"):
@@ -582,6 +594,7 @@ class Trainer:
         config = self.config
         if self.tokenizer is None or config.sample_tokens == 0:
             return
+        self._energy.pause()
         from anellm.sample import Sampling, generate_stream
 
         sampling = Sampling(
@@ -611,6 +624,7 @@ class Trainer:
         state = self.state
         if self.run is None or self.run.last_saved == state.step:
             return
+        self._energy.pause()
         with self._tracer.span("save"):
             files = {**self._tokenizer_files(), **self._ane.files()}
             path = self.run.save(state.step, self.model, state.to_dict(), files)

@@ -224,6 +224,7 @@ def test_what_is_refused(model: Path, capsys: pytest.CaptureFixture[str], monkey
             ("--ane-softmax", "ane"),
             ("--ane-fallback", "cpu"),
             ("--ane-mode", "static"),
+            ("--ane-qos", "auto"),
         ):
             for device in ((), ("--device", "cpu")):
                 err = refused(main, capsys, 2, *given, flag, value, *device)
@@ -244,6 +245,11 @@ def test_what_is_refused(model: Path, capsys: pytest.CaptureFixture[str], monkey
         both = ("--ane-mode", "static", "--ane-softmax", "cpu")
         err = refused(main, capsys, 2, *given, "--device", "ane-sim", *both)
         assert "--ane-softmax: expected ane with --ane-mode static, found cpu" in err
+        err = refused(main, capsys, 2, *given, "--device", "ane-sim", "--ane-qos", "default")
+        assert "--ane-qos: only for --device ane, found --device ane-sim" in err
+        err = refused(main, capsys, 2, *given, "--device", "ane", "--ane-qos", "utilty")
+        assert "--ane-qos: expected one of auto, background" in err
+        assert "did you mean utility?" in err
         monkeypatch.setattr("platform.system", lambda: "Linux")
         assert "device ane: the Apple Neural Engine needs macOS" in refused(main, capsys, 5, *given, "--device", "ane")
         assert "expected one of auto, cpu, ane, ane-sim" in refused(main, capsys, 2, *given, "--device", "npu")

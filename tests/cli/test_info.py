@@ -67,7 +67,7 @@ def test_lines_and_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert (report[0], report[-1]) == ("```text", "```")
     labels = [line.split(":")[0] for line in report[1:-1]]
     assert labels[:10] == [
-        "anellm", "device", "ane", "auto", "cpu variant", "cpu features", "threads", "memory", "python", "packages",
+        "anellm", "device", "ane", "auto", "cpu variant", "cpu features", "threads", "memory", "energy", "python",
     ]  # fmt: skip
     assert all(label in plain for label in labels)
     assert (info.why_no_ane() or "available") in plain

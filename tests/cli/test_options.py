@@ -72,6 +72,7 @@ EXCLUSIVE = {
         name: ["--device", "ane-sim"]
         for name in ("chip", "numerics", "ane_scaling", "ane_softmax", "ane_fallback", "ane_mode")
     },
+    "ane_qos": ["--device", "ane"],
 }
 
 

@@ -44,6 +44,8 @@ struct anellm_ane_table {
     int (*evaluate)(anellm_ane_program *program, anellm_ane_request *request);
     void (*request_free)(anellm_ane_request *request);
     int (*info)(anellm_ane *device, anellm_ane_info *info); /* NULL: only the name is known */
+    int (*set_qos)(anellm_ane *device, int qos);            /* NULL, as get_qos is then: it has no such thing */
+    int (*get_qos)(anellm_ane *device, anellm_ane_qos *qos);
 };
 
 /* Each device's own struct starts with one of these. */
