@@ -217,11 +217,11 @@ class PipelineRun:
         Raises:
             Restart: when this process is to be replaced; the state is on the disk.
             CompileError, UnsupportedError, EvalError, NonFiniteError: from the device.
-            OSError: from the system, e.g. on a full disk.
+            CheckpointError: when there is no room for the state.
         """
         if self._file is None:
             self._state = ScheduleState(step)
-            made = StateFile.create(self.path, self._key, self._state, self._values(values()))
+            made = self._create(values())
             made.begin_work()
             self._attach(made, load=False)
             self._commit(self._state, values())
@@ -248,6 +248,15 @@ class PipelineRun:
             self._actions += 1
             self._commit(after, values())
         return [stages.loss(micro) for micro in range(self._n_micro)]
+
+    def _create(self, values: Mapping[str, Any]) -> StateFile:
+        try:
+            return StateFile.create(self.path, self._key, self._state, self._values(values))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: {self._key.file_bytes} bytes for the state of the run could not be written: "
+                f"{error.strerror or error}"
+            ) from error
 
     def begin_update(self) -> None:
         """Say that weights and moments are about to be changed."""

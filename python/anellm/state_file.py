@@ -10,6 +10,7 @@ in which boot of the machine it was written and whether it was synced, and one t
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -17,6 +18,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from typing import Any, Final, NamedTuple
 
 from anellm import safeio, saferead
 from anellm.config import ModelConfig
-from anellm.errors import CheckpointError, InvalidError, TornStateError
+from anellm.errors import BusyError, CheckpointError, InvalidError, TornStateError
 from anellm.stages import SECTIONS, StateLayout, state_layout
 
 MAGIC: Final = b"\x89ANSTA\r\n"
@@ -35,6 +37,7 @@ DATA_OFFSET: Final = 2 * SLOT_BYTES  # of the sections
 WORK_OFFSET: Final = DATA_OFFSET - 16
 N_WORDS: Final = 5  # of the schedule
 _N: Final = len(SECTIONS)
+_WAIT_S: Final = 30.0  # for another process to end
 _HEAD: Final = struct.Struct(f"<8sIIQI32s16s6Q{_N}Q{_N}Q{N_WORDS}q2QII")
 _CRC: Final = struct.Struct("<I")
 _WORD: Final = struct.Struct("<Q")
@@ -145,6 +148,7 @@ class StateFile:
         new = safeio.temporary(path)
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
+            _lock(fd, path)
             _allocate(fd, key.file_bytes)
             made = cls(path, key, fd, Commit(0, tuple(words), 1, 0, {}))
             try:
@@ -172,11 +176,13 @@ class StateFile:
             TornStateError: when it was being changed, or not on the disk, when its process or machine stopped.
             CheckpointError: when it is no state file, of another version or key, or damaged; names the file, the
                 field, what was expected and what was found.
+            BusyError: when another process has it mapped and does not end.
             OSError: when the system cannot open it now.
         """
         saferead.open_regular(path, CheckpointError).close()
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
         try:
+            _lock(fd, path)
             commit = _check(path, key, fd)
             return cls(path, key, fd, commit)
         except BaseException:
@@ -214,6 +220,7 @@ class StateFile:
         """Close the file; what is mapped of it elsewhere stays mapped."""
         if self._fd >= 0:
             self._map.close()
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # what is mapped of the file would keep the lock
             os.close(self._fd)
             self._fd = -1
 
@@ -234,6 +241,23 @@ class StateFile:
         data = head + _CRC.pack(zlib.crc32(head)) + values
         self._map[at : at + len(data)] = data
         self.commit = commit
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Keep others from opening the file as long as this process, or a child that has the descriptor, is there.
+
+    A child whose parent was killed may still be computing: it ends when it looks for the next thing to do.
+    """
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BusyError(f"{path}: in use by another process") from None
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import os
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from anellm import state_file
 from anellm.config import ModelConfig
-from anellm.errors import CheckpointError, InvalidError, TornStateError
+from anellm.errors import BusyError, CheckpointError, InvalidError, TornStateError
 from anellm.stages import SECTIONS
 from anellm.state_file import (
     DATA_OFFSET,
@@ -93,29 +95,40 @@ def test_a_state_comes_back(path: Path) -> None:
 def test_work_that_was_not_finished_is_told(path: Path) -> None:
     file = StateFile.open(path, KEY)
     file.begin_work()
+    file.close()
     refused(path, "work: expected state 6, found state 7 begun and not finished", error=TornStateError)
-    file.store(file.commit)
-    assert reopen(path).sequence == 7
+    patch(path, WORK_OFFSET, struct.pack("<Q", 6))
+    file = StateFile.open(path, KEY)
     file.begin_work()
+    file.store(file.commit)
+    file.close()
+    assert reopen(path).sequence == 7
+    file = StateFile.open(path, KEY)
+    file.begin_work()
+    file.close()
     patch(path, SLOT_BYTES * (8 % 2), b"\0" * 300)  # a commit that was cut off
     refused(path, "work: expected state 7, found state 8", error=TornStateError)
-    file.close()
 
 
 def test_a_state_of_another_boot_must_be_on_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = StateFile.open(path, KEY)
+    def store(*, synced: bool) -> None:
+        file = StateFile.open(path, KEY)
+        file.store(file.commit._replace(synced=synced))
+        file.close()
+
     assert any(state_file.boot_id())
-    monkeypatch.setattr(state_file, "boot_id", lambda: b"another machine.")
-    refused(path, "boot: expected this one", error=TornStateError)
-    monkeypatch.setattr(state_file, "boot_id", lambda: bytes(16))
-    refused(path, "boot: expected this one", error=TornStateError)
-    file.store(file.commit._replace(synced=True))
+    here, there = state_file.boot_id(), b"another machine."
+    for boot in (there, bytes(16)):
+        monkeypatch.setattr(state_file, "boot_id", lambda boot=boot: boot)
+        refused(path, "boot: expected this one", error=TornStateError)
+    monkeypatch.setattr(state_file, "boot_id", lambda: here)
+    store(synced=True)
+    monkeypatch.setattr(state_file, "boot_id", lambda: there)
     assert reopen(path).synced
-    monkeypatch.setattr(state_file, "boot_id", lambda: b"another machine.")
-    assert reopen(path).synced
-    file.store(file.commit._replace(synced=False))
+    store(synced=False)
+    assert not reopen(path).synced
+    monkeypatch.setattr(state_file, "boot_id", lambda: here)
     refused(path, "boot: expected this one", error=TornStateError)
-    file.close()
 
 
 def test_every_flipped_bit_of_the_header_is_found(path: Path) -> None:
@@ -232,6 +245,20 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delattr(os, "posix_fallocate")
     StateFile.create(tmp_path / "state.arena", KEY, WORDS, {}).close()
     assert (tmp_path / "state.arena").stat().st_blocks * 512 >= KEY.file_bytes
+
+
+def test_one_process_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_file, "_WAIT_S", 0.05)
+    file = StateFile.open(path, KEY)
+    with pytest.raises(BusyError, match="in use by another process"):
+        StateFile.open(path, KEY)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[file.fd])
+    os.close(file.fd)  # as the end of this process would
+    file._map.close()
+    with pytest.raises(BusyError):
+        StateFile.open(path, KEY)
+    child.communicate()
+    assert reopen(path).words == WORDS
 
 
 def test_values_have_a_limit(path: Path) -> None:

@@ -381,9 +381,11 @@ def test_values_of_a_state_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
             part, name, value = change
             wrong = {**good.values, part: {**good.values[part], name: value}}
         file.store(good._replace(values=wrong))
+        file.close()
         with pytest.raises(CheckpointError, match=message) as caught:
             train(tmp_path / "run", compile_budget=14, resume="auto")
         assert STATE_FILE in str(caught.value)
+        file = StateFile.open(path, key)
         file.store(good)
         file.close()
     for words, message in (((0, 9, 0, 0, 0), "phase: expected 0 to 3"), ((0, 0, 7, 0, 0), "unit: expected 0 to 0")):
@@ -434,6 +436,16 @@ def test_what_an_image_is_left_is_checked(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(image.VARIABLE, json.dumps(good))
     assert image.take_handover() == image.Handover(**good)
     assert image.take_handover() is None
+
+
+def test_no_room_for_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=f"{STATE_FILE}: [0-9]+ bytes for the state .*: No space left on device"):
+        train(tmp_path / "run", compile_budget=14)
+    assert STATE_FILE not in os.listdir(tmp_path / "run")
 
 
 def test_a_lock_is_adopted_by_who_holds_it(tmp_path: Path) -> None:
