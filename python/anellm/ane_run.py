@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from anellm import checkpoint, safeio, saferead
 from anellm.ane import ModelEngine, share
+from anellm.efficiency import Efficiency, read_sums
 from anellm.errors import CheckpointError, InvalidError
 from anellm.loss_scaler import LossScaler
 
@@ -86,6 +87,7 @@ class EngineRun:
     Attributes:
         engine: the model's engine, or None.
         scaler: the loss scale, or None where gradients are not scaled.
+        efficiency: where the time of the steps goes.
     """
 
     def __init__(self, engine: ModelEngine | None) -> None:
@@ -98,6 +100,7 @@ class EngineRun:
         self._steps = 0
         self._n_told = 0
         self._flops_before = self._total_flops()
+        self.efficiency = Efficiency(getattr(engine, "read_sums", read_sums))
 
     @property
     def scale(self) -> float:
@@ -134,6 +137,8 @@ class EngineRun:
         earlier = (partial or {}).get("counts", (0, 0, 0.0))
         self._before = rescales - earlier[0], retries - earlier[1], modelled_ms - earlier[2]
         self._earlier_activations = list((partial or {}).get("activations", ()))
+        if self.engine is not None:
+            self.efficiency.begin(self._total_flops())
 
     def partial(self) -> dict[str, Any]:
         """Return what came of a step so far, for the process that goes on with it; nothing without an engine."""
@@ -146,6 +151,7 @@ class EngineRun:
             "flops": [now - before for now, before in zip(self._total_flops(), self._flops_before, strict=True)],
             "modelled_ms": self._modelled_ms,
             "steps": self._steps,
+            "efficiency": self.efficiency.state(self._total_flops()),
         }
 
     def go_on(self, partial: Mapping[str, Any], path: Path) -> None:
@@ -166,6 +172,18 @@ class EngineRun:
         ane, cpu = self._total_flops()
         self._flops_before = ane - partial["flops"][0], cpu - partial["flops"][1]
         self._modelled_ms, self._steps = partial["modelled_ms"], partial["steps"]
+        try:
+            self.efficiency.go_on(partial.get("efficiency"))
+        except InvalidError as error:
+            raise CheckpointError(f"{path}: partial: {error}") from None
+
+    def end_step(self) -> None:
+        """Stop the time of a step."""
+        self.efficiency.end(self._total_flops())
+
+    def close(self) -> None:
+        """Stop counting."""
+        self.efficiency.close()
 
     def step_values(self, skipped: int, *, activations: bool) -> dict[str, Any]:
         """Return what metrics.jsonl says about a step besides, since begin_step().
@@ -228,6 +246,7 @@ class EngineRun:
             "modelled_ms_per_step": self._modelled_ms / max(1, self._steps - 1) if timed else None,
             "loss_scale": self.scale,
             **self._compiles(),
+            "efficiency": self.efficiency.summary(),
         }
 
     def _compiles(self) -> dict[str, int]:

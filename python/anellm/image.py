@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 import numpy as np
 
 from anellm import errors, saferead
+from anellm._ffi import check, lib
 from anellm.ane import AneStats
 from anellm.ane_device import Engine
+from anellm.efficiency import Sums, read_sums
 from anellm.pipeline_schedule import Action
 from anellm.rundir import RunDirectory
 from anellm.stages import Stages, share
@@ -180,18 +182,22 @@ class RemoteEngine:
         self._earlier: list[float] = [0] * len(AneStats._fields)
         self._values: list[float] = [0] * len(AneStats._fields)
         self._activations: list[float] = local.activations()
+        self._sums: Sums = {}
+        self._earlier_sums: Sums = {}
 
     def take(self, reply: Mapping[str, Any]) -> None:
         """Take over what a child said about its engine."""
         self._values = reply["stats"]
         found = zip(reply["activations"], self._activations, strict=True)
         self._activations = [now or before for now, before in found]  # 0: of no layer of this child's group
+        self._sums = {(name, row): ns for name, row, ns in reply["sums"]}
         self.device.modelled_ms = self.device.earlier_ms + reply["modelled_ms"]
         self._local.set_exponents(reply["exponents"])
 
     def child_ends(self) -> None:
         """Count on from where a child was."""
         self._earlier = list(self.stats())
+        self._earlier_sums, self._sums = _added(self._earlier_sums, self._sums), {}
         self._values = [0] * len(AneStats._fields)
         self.device.earlier_ms = self.device.modelled_ms
 
@@ -201,6 +207,10 @@ class RemoteEngine:
         pairs = zip(AneStats._fields, self._values, self._earlier, strict=True)
         found: list[Any] = [now + before if name in sums else now for name, now, before in pairs]
         return AneStats(*found)
+
+    def read_sums(self) -> Sums:
+        """Return the times of all children and of this process: see anellm.efficiency.read_sums()."""
+        return _added(_added(self._earlier_sums, self._sums), read_sums())
 
     def activations(self) -> list[float]:
         """Return the largest magnitudes behind each layer, in its last forward."""
@@ -213,6 +223,10 @@ class RemoteEngine:
     def set_exponents(self, values: Sequence[int]) -> None:
         """Take the state that exponents() gave."""
         self._local.set_exponents(values)
+
+
+def _added(a: Sums, b: Sums) -> Sums:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in {*a, *b}}
 
 
 class _RemoteDevice:
@@ -250,7 +264,6 @@ class ChildImage:
             raise errors.InternalError("no state file")
         key = file.key
         options = model.ane_options
-        from anellm._ffi import lib
         from anellm.device import cpu_variant
 
         hello = {
@@ -342,6 +355,7 @@ def _report(model: Model) -> dict[str, Any]:
         "stats": list(engine.stats()),
         "activations": engine.activations(),
         "exponents": engine.exponents(),
+        "sums": [[name, row, ns] for (name, row), ns in read_sums().items()],
         "modelled_ms": engine.device.counters()["modelled_ms"],
     }
 
@@ -362,6 +376,7 @@ def _set_up(hello: Mapping[str, Any]) -> tuple[Model, LocalImage]:
     stages = Stages(model, batch_size, seq_len, n_micro, hello["starts"], hello["fd"], DATA_OFFSET)
     if hello["ids"] is not None:
         model.compact_vocabulary(np.array(hello["ids"], np.int32))
+    check(lib.anellm_trace_count(1))
     if model.ane is not None:
         model.ane.set_exponents(hello["exponents"])
     return model, LocalImage(model, stages)

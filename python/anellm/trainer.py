@@ -382,6 +382,8 @@ class Trainer:
                 if interrupted:
                     self._emit({"kind": "interrupt", "step": self.state.step})
                 self._end_image()
+                if efficiency := self._ane.efficiency.summary():
+                    self._emit({"kind": "efficiency", "step": self.state.step, **efficiency})
                 self._save()
             done = True
             out = None if self.run is None else self.run.path
@@ -390,6 +392,7 @@ class Trainer:
             return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), images, energy)
         finally:
             self._energy.close()
+            self._ane.close()
             self._close(done=done)
 
     def _begin_run(self) -> None:
@@ -426,13 +429,14 @@ class Trainer:
             self._pipeline.begin_update()
         bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
         if not bad:
-            with self._tracer.span("optimizer"):
+            with self._tracer.span("optimizer"), self._ane.efficiency.optimizer():
                 self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm) / self._ane.scale)
             state.optimizer_step += 1
             state.bad_steps = 0
         tokens = config.batch_size * self.seq_len * n_micro
         state.tokens += tokens
         state.step += 1
+        self._ane.end_step()
         seconds = time.perf_counter() - self._step_start
         state.seconds += seconds
         self._loss = loss if math.isfinite(loss) else None

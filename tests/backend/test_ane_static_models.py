@@ -118,6 +118,26 @@ def test_thirty_steps_lose_as_on_the_cpu(endless: str) -> None:
     assert stats(model).retries == 0
 
 
+def test_a_run_goes_on_exactly_on_another_device() -> None:
+    """As after a restart: with the exponents carried over, nothing else of the engine is needed."""
+    ends = []
+    for restarts in (False, True):
+        model = static(GQA, chip="m4", compile_budget=0 if restarts else 119)
+        optimizer = AdamW(model, 3e-3)
+        losses = []
+        for number in range(5):
+            losses.append(step(model, *batch(GQA, B, T, seed=number)))
+            optimizer.step()
+            if restarts:
+                assert model.ane is not None
+                exponents = model.ane.exponents()
+                model.to("ane-sim", model.ane.device.options)
+                assert stats(model).compiles == 0
+                model.ane.set_exponents(exponents)
+        ends.append((losses, {name: array.tobytes() for name, array in model.params.items()}))
+    assert ends[0] == ends[1]
+
+
 def test_a_smaller_batch_in_a_larger_ones_programs() -> None:
     """Behind it nothing is left of the larger one: the gradients are the CPU's."""
     cpu, model = cpu_model(GQA), static(GQA)

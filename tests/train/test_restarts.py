@@ -405,6 +405,7 @@ def test_what_an_engine_counts_on_from_is_checked(tmp_path: Path) -> None:
         for value in (None, "x", [1], [True] * 3, {}):
             with pytest.raises(CheckpointError, match=f"{tmp_path}: partial: {name}: expected"):
                 run.go_on({**good, name: value}, tmp_path)
+    run.close()
     EngineRun(None).go_on({}, tmp_path)
 
 
