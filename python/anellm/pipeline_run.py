@@ -103,7 +103,7 @@ class PipelineRun:
     # ---- the state file ---------------------------------------------------------------------------------------------
 
     def load(self, oldest: int) -> Mapping[str, Any] | None:
-        """Take over the state file, if there is one of the run; return the values that were stored with it.
+        """Open the state file, if there is one of the run; return what was stored with it, for accept() to go on with.
 
         Args:
             oldest: the step of the newest checkpoint: an older state is of no use.
@@ -130,16 +130,28 @@ class PipelineRun:
                 return None
             values = self._read(commit)
             self._check_idle(commit)
-            self._attach(file, load=True)
-            self.image, self._idle = commit.images + 1, commit.idle_images + 1
-            if self._handover is not None:
-                self._startup = time.monotonic() - self._handover.began
-                self._restart_seconds += self._startup
-            self._commit(self._state, values)
         except BaseException:
             file.close()
             raise
+        self._file = file
         return values
+
+    @property
+    def step(self) -> int:
+        """Return the steps that are done."""
+        return self._state.step
+
+    def accept(self) -> None:
+        """Go on from what load() found: its file becomes the memory of the model."""
+        if self._file is None:
+            raise InternalError("no state was loaded")
+        commit = self._file.commit
+        self._attach(self._file, load=True)
+        self.image, self._idle = commit.images + 1, commit.idle_images + 1
+        if self._handover is not None:
+            self._startup = time.monotonic() - self._handover.began
+            self._restart_seconds += self._startup
+        self._commit(self._state, commit.values["run"])
 
     def _check_idle(self, commit: Commit) -> None:
         if commit.idle_images >= MAX_IDLE:

@@ -210,7 +210,7 @@ class Trainer:
         self.n_ids = model.config.vocab_size
         self._loss: float | None = None
         self._stop = False
-        self._step_start = 0.0
+        self._step_start = time.perf_counter()
         self._last_saved: int | None = None
         self._energy = EnergyRun(None)
         self._owns_run = run is None
@@ -282,15 +282,18 @@ class Trainer:
         what = f"{pipeline.path}: run"
         check_between(values, what)
         state = TrainState.from_dict(values["state"], what)
+        if state.step != pipeline.step:
+            raise CheckpointError(f"{what}: step: expected {pipeline.step} by the schedule, found {state.step}")
         self._check_data(pipeline.path, state)
         self.optimizer.load_state_dict({"step": state.optimizer_step})
         if values["ane"] is not None:
             self._ane.load(values["ane"], pipeline.path)
-        self._take_state(state)
         self._ane.go_on(values["partial"], pipeline.path)
         self._partial, self._step_start = values["partial"], time.perf_counter() - values["step_seconds"]
         self._stop = self._handover is not None and values["stop"] is True
         self._last_saved = values["last_saved"]
+        pipeline.accept()
+        self._take_state(state)
         self._going_on = True
         return True
 

@@ -342,6 +342,15 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.M
     ):
         with pytest.raises(CheckpointError, match=f"{STATE_FILE}: slot 0: {message}"):
             train(tmp_path / "run", **{"compile_budget": 14, "resume": "auto", **options})
+    other = TokenDataset(np.zeros(2000, np.uint16))
+    for _ in range(MAX_IDLE + 1):  # a refusal is no image that got nothing done
+        with pytest.raises(CheckpointError, match="trained with other data: expected SHA-256"):
+            Trainer(
+                Model(SHAPE, seed=3),
+                TrainConfig(batch_size=4, seq_len=16, out=str(tmp_path / "run"), compile_budget=14, resume="auto"),
+                other,
+                HELD_OUT,
+            )
     assert (tmp_path / "run" / STATE_FILE).read_bytes() == held
     (tmp_path / "run" / STATE_FILE).write_text("notes")
     with pytest.raises(CheckpointError, match="magic: expected"):
@@ -388,11 +397,15 @@ def test_values_of_a_state_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
         file = StateFile.open(path, key)
         file.store(good)
         file.close()
-    for words, message in (((0, 9, 0, 0, 0), "phase: expected 0 to 3"), ((0, 0, 7, 0, 0), "unit: expected 0 to 0")):
+    for words, message in (
+        ((0, 9, 0, 0, 0), "schedule state: phase: expected 0 to 3"),
+        ((0, 0, 7, 0, 0), "schedule state: unit: expected 0 to 0"),
+        ((1, 0, 0, 0, 12), "run: step: expected 1 by the schedule, found 0"),
+    ):
         file = StateFile.open(path, key)
         file.store(good._replace(words=words))
         file.close()
-        with pytest.raises(CheckpointError, match=f"{STATE_FILE}: schedule state: {message}"):
+        with pytest.raises(CheckpointError, match=f"{STATE_FILE}: {message}"):
             train(tmp_path / "run", compile_budget=14, resume="auto")
 
 
