@@ -49,10 +49,10 @@ def new_nonce() -> str:
 class Restart(Exception):  # noqa: N818  it is no error
     """The state is on the disk, and the process is to be replaced to go on from there."""
 
-    def __init__(self, nonce: str) -> None:
-        """Take the nonce of the image to come, which the state names."""
+    def __init__(self, nonce: str, signals: int) -> None:
+        """Take the nonce of the image to come, which the state names, and a pipe with the signals from here on."""
         super().__init__("the process is to be replaced")
-        self.nonce = nonce
+        self.nonce, self.signals = nonce, signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,14 @@ class Handover:
         out: the run directory.
         nonce: of the next image.
         lock: the descriptor that holds the run's lock.
+        signals: a pipe with the signals that came since the state was stored.
         began: time.monotonic() before exec().
     """
 
     out: str
     nonce: str
     lock: int
+    signals: int
     began: float
 
 
@@ -83,7 +85,7 @@ def take_handover() -> Handover | None:
         return None
     what = f"environment variable {VARIABLE}"
     values = saferead.parse_json(text.encode(), what, errors.ConfigError)
-    kinds = {"out": str, "nonce": str, "lock": int, "began": float}
+    kinds = {"out": str, "nonce": str, "lock": int, "signals": int, "began": float}
     if values.keys() != kinds.keys():
         raise errors.ConfigError(f"{what}: expected the keys {', '.join(kinds)}, found {', '.join(values)}")
     for name, kind in kinds.items():
@@ -92,13 +94,14 @@ def take_handover() -> Handover | None:
     return Handover(**values)
 
 
-def replace_process(run: RunDirectory, nonce: str) -> NoReturn:
+def replace_process(run: RunDirectory, restart: Restart) -> NoReturn:
     """Replace this process by a new image of the same command line.
 
     Raises:
         InternalError: when the system refuses.
     """
-    handover = Handover(str(run.path), nonce, run.hand_over(), time.monotonic())
+    handover = Handover(str(run.path), restart.nonce, run.hand_over(), restart.signals, time.monotonic())
+    os.set_inheritable(restart.signals, True)
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**os.environ, VARIABLE: json.dumps(dataclasses.asdict(handover))}
@@ -109,9 +112,29 @@ def replace_process(run: RunDirectory, nonce: str) -> NoReturn:
         raise errors.InternalError(f"{sys.executable}: cannot be started anew: {error.strerror or error}") from None
 
 
-def take_signals() -> None:
-    """Let the signals through that LocalImage.restart() has kept waiting."""
+def hold_signals() -> int:
+    """Keep SIGINT and SIGTERM for the next image, and return where it will find those that come nevertheless.
+
+    They wait while this thread blocks them. Threads that others have started (NumPy's) do not block them, and what one
+    of those takes would be gone with exec(); but Python's own handler, which stays, puts it into a pipe first.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    return read
+
+
+def take_signals(handover: Handover) -> bool:
+    """Let the signals through that hold_signals() has kept waiting, and return whether some came in between."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        came = os.read(handover.signals, 1)
+        os.close(handover.signals)
+    except OSError:  # none
+        return False
+    return bool(came)
 
 
 # ---- what computes ---------------------------------------------------------------------------------------------------
@@ -159,8 +182,7 @@ class LocalImage:
         Raises:
             Restart: always.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        raise Restart(new_nonce())
+        raise Restart(new_nonce(), hold_signals())
 
     def close(self) -> None:
         """Do nothing: programs go with their model."""

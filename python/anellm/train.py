@@ -122,7 +122,7 @@ def _train(
             trainer.callbacks += (progress,)
             result = trainer.train()
     except Restart as restart:
-        replace_process(directory, restart.nonce)
+        replace_process(directory, restart)
     return finish(result, config, directory.path, shape)
 
 

@@ -29,7 +29,7 @@ from anellm.errors import (
     NonFiniteError,
     TornStateError,
 )
-from anellm.image import Handover, take_signals
+from anellm.image import Handover, Restart, take_signals
 from anellm.measure import Measurement, measure
 from anellm.metrics import rss_mib
 from anellm.model import GradNorm
@@ -684,10 +684,13 @@ class Trainer:
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, ask) for number in numbers}
-        if self._handover is not None:
-            take_signals()
+        if self._handover is not None and take_signals(self._handover):
+            self._stop = True
         try:
             yield
+        except Restart:
+            before.clear()  # they stay in force until exec(): see hold_signals()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

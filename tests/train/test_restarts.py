@@ -43,9 +43,9 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(image.VARIABLE, raising=False)
 
 
-def start(out: Path, *more: str, steps: int = STEPS) -> subprocess.Popen[bytes]:
+def start(out: Path, *more: str, steps: int = STEPS, **how: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "anellm.train", *OPTIONS, "--steps", str(steps), "--out", str(out), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 
 def finish(process: subprocess.Popen[bytes], code: int = 0) -> str:
@@ -130,9 +130,11 @@ def test_killed_at_any_time_and_resumed(tmp_path: Path) -> None:
     expect_same(whole, run, steps)
 
 
-def test_interrupted_in_a_step_it_ends_with_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "ignored"])
+def test_interrupted_in_a_step_it_ends_with_the_step(tmp_path: Path, before: Any) -> None:
+    """Also where the shell has started it with SIGINT ignored, as in the background."""
     run = tmp_path / "run"
-    process = start(run, "--compile-budget", "20", steps=50)
+    process = start(run, "--compile-budget", "20", steps=20, preexec_fn=lambda: signal.signal(signal.SIGINT, before))
     while not records(run, "image"):
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -437,10 +439,10 @@ def test_flags_that_cannot_be_are_refused() -> None:
 
 
 def test_what_an_image_is_left_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = {"out": str(tmp_path), "nonce": "a", "lock": 3, "began": 1.0}
+    good = {"out": str(tmp_path), "nonce": "a", "lock": 3, "signals": 4, "began": 1.0}
     for text, message in (
         ("x", "expected JSON"),
-        ("{}", "expected the keys out, nonce, lock, began"),
+        ("{}", "expected the keys out, nonce, lock, signals, began"),
         (json.dumps({**good, "lock": "3"}), "lock: expected a int, found '3'"),
         (json.dumps({**good, "began": None}), "began: expected a float, found None"),
     ):
@@ -461,6 +463,27 @@ def test_no_room_for_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(CheckpointError, match=f"{STATE_FILE}: [0-9]+ bytes for the state .*: No space left on device"):
         train(tmp_path / "run", compile_budget=14)
     assert STATE_FILE not in os.listdir(tmp_path / "run")
+
+
+def test_signals_wait_for_the_next_image() -> None:
+    """Also one that another thread takes, which does not block it."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from anellm import image\n"
+        "other = threading.Thread(target=time.sleep, args=(2,), daemon=True)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "if sys.argv[1] == 'other': other.start()\n"
+        "pipe = image.hold_signals()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "found = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: found.append('handler'))\n"
+        "came = image.take_signals(image.Handover('', '', 0, pipe, 0.0))\n"
+        "print('pipe' if came else '', *found)\n"
+    )
+    for who in ("nobody", "other"):
+        command = [sys.executable, "-c", code, who]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert set(done.stdout.split()) & {"pipe", "handler"}, (who, done)
 
 
 def test_a_lock_is_adopted_by_who_holds_it(tmp_path: Path) -> None:
