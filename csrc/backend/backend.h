@@ -71,6 +71,7 @@ struct anellm_step {
     const struct anellm_workspace *workspace;
     int64_t layer;                            /* of the attention or mlp block; forward starts at 0 */
     int training;                             /* forward: backward will follow */
+    int again;                                /* forward: of a layer inside a backward, for what was not kept */
     int accumulate;                           /* backward: add to the gradients of matrices */
     int dtype;                                /* of enum anellm_dtype: what matrix products round their inputs to */
     int64_t n_classes;                        /* rows of the classifier: vocab_size, or fewer (model/vocab.c) ... */
@@ -113,7 +114,9 @@ struct anellm_backend {
 const struct anellm_backend *anellm_backend_find(const char *name);
 extern const struct anellm_backend anellm_backend_cpu;
 
-/* Parts of the CPU's blocks that other backends use. RMSNorm over head_dim of each q and k head, in place, before RoPE
+/* Parts of the CPU's blocks that other backends use. Attention over rows of q, k, v as anellm_layer_saved has them. */
+anellm_attention_shape anellm_cpu_attention_shape(const anellm_config *config, int64_t B, int64_t T);
+/* RMSNorm over head_dim of each q and k head, in place, before RoPE
  * (Qwen3). qk (N, ld) starts with q, then k; rstd is (n_heads + n_kv_heads, N) or NULL. */
 int anellm_cpu_qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_config *config, int64_t N,
                                const struct anellm_layer_weights *w);

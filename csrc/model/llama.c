@@ -286,8 +286,10 @@ static int layer_forward(const anellm_model *model, struct anellm_step *step, co
 static int recompute(const anellm_model *model, struct anellm_step *step, const struct plan *plan, int64_t first,
                      int64_t last) {
     if (model->backend->finish != NULL) ANELLM_TRY(model->backend->finish(model->backend_state)); /* reads the slots */
+    step->again = 1;
     for (int64_t layer = first; layer <= last; ++layer)
         ANELLM_TRY(layer_forward(model, step, plan, layer, layer < last ? NULL : plan->last_x));
+    step->again = 0;
     return ANELLM_OK;
 }
 

@@ -28,7 +28,7 @@ static int cpu_weights_changed(void *state) {
 
 static void copy_rows(float *out, const float *in, int64_t n) { memcpy(out, in, (size_t)n * sizeof(float)); }
 
-static anellm_attention_shape attention_shape(const anellm_config *c, int64_t B, int64_t T) {
+anellm_attention_shape anellm_cpu_attention_shape(const anellm_config *c, int64_t B, int64_t T) {
     const int64_t qkv_dim = anellm_q_dim(c) + 2 * anellm_kv_dim(c);
     return (anellm_attention_shape){.B = B,
                                     .Tq = T,
@@ -93,7 +93,7 @@ static int cpu_attention_forward(void *state, const struct anellm_step *step, fl
     /* q and k heads lie side by side, so one call rotates both. */
     ANELLM_TRY(anellm_rope_forward(qkv, qkv_dim, step->rope_cos, step->rope_sin, step->B, step->T,
                                    c->n_heads + c->n_kv_heads, c->head_dim));
-    const anellm_attention_shape shape = attention_shape(c, step->B, step->T);
+    const anellm_attention_shape shape = anellm_cpu_attention_shape(c, step->B, step->T);
     ANELLM_TRY(anellm_attention_forward(saved->attn, saved->lse, qkv, qkv + q, qkv + q + kv, &shape));
     return anellm_matmul_residual(mid, dim, saved->x, dim, saved->attn, q, w->wo, q, N, dim, q,
                                   step->dtype == ANELLM_DTYPE_BF16);
@@ -111,7 +111,7 @@ static int cpu_attention_backward(void *state, const struct anellm_step *step, f
 
     ANELLM_TRY(multiply(step, dw->wo, q, dx, dim, 1, saved->attn, q, 0, dim, q, N, step->accumulate));
     ANELLM_TRY(multiply(step, dattn, q, dx, dim, 0, w->wo, q, 0, N, q, dim, 0));
-    const anellm_attention_shape shape = attention_shape(c, step->B, step->T);
+    const anellm_attention_shape shape = anellm_cpu_attention_shape(c, step->B, step->T);
     ANELLM_TRY(anellm_attention_backward(dqkv, dqkv + q, dqkv + q + kv, dattn, saved->attn, saved->lse, qkv, qkv + q,
                                          qkv + q + kv, &shape));
     ANELLM_TRY(anellm_rope_backward(dqkv, qkv_dim, step->rope_cos, step->rope_sin, step->B, step->T,
@@ -230,7 +230,7 @@ static void decode_heads_body(void *context, int64_t begin, int64_t end) {
     struct decode_heads *d = context;
     const anellm_config *c = d->config;
     const int64_t group = c->n_heads / c->n_kv_heads;
-    anellm_attention_shape shape = attention_shape(c, 1, d->n);
+    anellm_attention_shape shape = anellm_cpu_attention_shape(c, 1, d->n);
     shape.Tk = d->start + d->n;
     shape.n_heads = d->together;
     shape.n_kv_heads = 1;
