@@ -182,7 +182,12 @@ typedef struct {
 } anellm_config;
 int anellm_config_check(const anellm_config *config);
 
-enum anellm_tensor_kind { ANELLM_TENSOR_MATRIX = 0, ANELLM_TENSOR_EMBEDDING = 1, ANELLM_TENSOR_VECTOR = 2 };
+enum anellm_tensor_kind {
+    ANELLM_TENSOR_MATRIX = 0,
+    ANELLM_TENSOR_EMBEDDING = 1,
+    ANELLM_TENSOR_VECTOR = 2,
+    ANELLM_TENSOR_POSITIONS = 3                   /* a table like the embedding, of positions */
+};
 typedef struct {
     char name[128];                               /* Hugging Face name */
     int32_t kind, ndim;

@@ -78,7 +78,7 @@ static void gpt2_tensor(anellm_tensor_info *info, const anellm_config *c, int64_
         set_info(info, ANELLM_TENSOR_EMBEDDING, anellm_table_rows(c), c->dim, 0);
     } else if (index == 1) {
         snprintf(info->name, sizeof info->name, "transformer.wpe.weight");
-        set_info(info, ANELLM_TENSOR_EMBEDDING, c->max_seq_len, c->dim, tokens_size(c));
+        set_info(info, ANELLM_TENSOR_POSITIONS, c->max_seq_len, c->dim, tokens_size(c));
     } else if (which >= 0) {
         const int64_t layer = (index - 2) / layer_count(c);
         int64_t shape[2];
