@@ -265,8 +265,6 @@ int anellm_state_sizes(anellm_state_layout *layout, const anellm_config *config,
  * are for those who have their addresses: from byte `offset` on, a multiple of 16 KiB. load == 0: the file takes over
  * what the memory holds; 1: the other way round. The descriptor can be closed then. Training is enabled. */
 int anellm_model_share(anellm_model *model, int fd, int64_t offset, int load);
-/* What was written to memory that a file holds is on the disk when it returns; nothing happens where no file does. */
-int anellm_model_sync(anellm_model *model);
 /* Begin with steps of such groups. fd >= 0: what lies between them is kept in the file as well, behind the moments (the
  * same `offset`), and what it holds counts; -1: in memory, empty. */
 int anellm_stage_begin(anellm_model *model, int64_t B, int64_t T, int64_t n_micro, const int32_t *starts,

@@ -5,7 +5,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
+#include <unistd.h>
 
 #ifndef MAP_ANONYMOUS
 #define MAP_ANONYMOUS MAP_ANON
@@ -77,15 +77,13 @@ void anellm_arena_destroy(struct anellm_arena *arena) {
 }
 
 int anellm_map_file(void **base, size_t bytes, int fd, int64_t offset) {
-    struct stat file;
     ANELLM_REQUIRE(offset >= 0 && offset % ANELLM_ARENA_ALIGN == 0, "offset = %lld, must be a multiple of %d from 0",
                    (long long)offset, ANELLM_ARENA_ALIGN);
-    if (fstat(fd, &file) != 0)
-        return anellm_fail_in(__func__, ANELLM_INVALID, "fd = %d: %s", fd, strerror(errno));
-    ANELLM_REQUIRE(S_ISREG(file.st_mode), "fd = %d, must be a regular file", fd);
-    if (file.st_size < offset || (uint64_t)(file.st_size - offset) < bytes)
+    const int64_t size = lseek(fd, 0, SEEK_END);
+    if (size < 0) return anellm_fail_in(__func__, ANELLM_INVALID, "fd = %d: %s", fd, strerror(errno));
+    if (size < offset || (uint64_t)(size - offset) < bytes)
         return anellm_fail_in(__func__, ANELLM_INVALID, "fd = %d: the file has %lld bytes, must have %lld + %zu", fd,
-                              (long long)file.st_size, (long long)offset, bytes);
+                              (long long)size, (long long)offset, bytes);
     void *found = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)offset);
     if (found == MAP_FAILED)
         return anellm_fail_in(__func__, errno == ENOMEM ? ANELLM_NOMEM : ANELLM_INVALID,
@@ -108,7 +106,6 @@ int anellm_arena_share(struct anellm_arena *arena, int fd, int64_t offset, int l
         return anellm_fail_in(__func__, ANELLM_NOMEM, "cannot map %zu bytes: %s", arena->reserved_bytes,
                               strerror(problem));
     for (int i = 0; i < arena->n_sections; ++i) arena->committed[i] = 1;
-    arena->shared = 1;
     return ANELLM_OK;
 }
 

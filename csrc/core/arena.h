@@ -20,7 +20,6 @@ struct anellm_arena {
     size_t offset[ANELLM_ARENA_SECTIONS];
     size_t bytes[ANELLM_ARENA_SECTIONS];
     int committed[ANELLM_ARENA_SECTIONS];
-    int shared;               /* the memory is that of a file */
 };
 int anellm_arena_create(struct anellm_arena *arena, const size_t *section_bytes, int n_sections);
 int anellm_arena_commit(struct anellm_arena *arena, int section);

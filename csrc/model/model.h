@@ -38,7 +38,6 @@ struct anellm_stages {
     anellm_state_layout layout;
     char *base;                      /* of the memory that the layout is of */
     size_t mapped_bytes;
-    int shared;                      /* it is that of a file */
     int64_t taps_micro, taps_first;  /* whose activations are there for backward; micro -1: of none */
 };
 

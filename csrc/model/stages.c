@@ -73,22 +73,6 @@ int anellm_model_share(anellm_model *model, int fd, int64_t offset, int load) {
     return status;
 }
 
-static int sync_span(void *base, size_t bytes) {
-    if (msync(base, bytes, MS_SYNC) == 0) return ANELLM_OK;
-    return anellm_fail_in("anellm_model_sync", ANELLM_INTERNAL, "cannot bring %zu bytes to the disk: %s", bytes,
-                          strerror(errno));
-}
-
-int anellm_model_sync(anellm_model *model) {
-    ANELLM_TRY(anellm_model_take(model, __func__));
-    int status = ANELLM_OK;
-    if (model->arena.shared) status = sync_span(model->arena.base, model->arena.reserved_bytes);
-    if (status == ANELLM_OK && model->stages.shared)
-        status = sync_span(model->stages.base, model->stages.mapped_bytes);
-    anellm_model_release(model);
-    return status;
-}
-
 /* ---- the groups ------------------------------------------------------------------------------------------------------ */
 
 void anellm_stages_free(struct anellm_stages *stages) {
@@ -117,7 +101,6 @@ static int map_memory(struct anellm_stages *made, int fd, int64_t offset) {
     made->mapped_bytes = (size_t)(made->layout.total_bytes - start);
     if (fd >= 0) {
         ANELLM_TRY(anellm_map_file(&base, made->mapped_bytes, fd, offset > INT64_MAX - start ? -1 : offset + start));
-        made->shared = 1;
     } else {
         base = mmap(NULL, made->mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
         if (base == MAP_FAILED)

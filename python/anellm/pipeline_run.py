@@ -20,7 +20,7 @@ from anellm.errors import CheckpointError, DeviceError, InternalError, TornState
 from anellm.image import ChildImage, Handover, Image, LocalImage, Restart, new_nonce
 from anellm.pipeline import COMPILE_LIMIT, CompileBudget, plan
 from anellm.pipeline_schedule import Schedule, ScheduleState, in_new_process
-from anellm.stages import Stages, infer_on_cpu, share, sync
+from anellm.stages import Stages, infer_on_cpu, share
 from anellm.state_file import DATA_OFFSET, Commit, StateFile, StateKey
 
 if TYPE_CHECKING:
@@ -288,7 +288,6 @@ class PipelineRun:
         except Restart as restart:
             self.on_image_end()
             self.nonce, ended = restart.nonce, self.nonce
-            sync(self._model)
             self._commit(after, values(), synced=True)
             self.nonce = ended
             raise

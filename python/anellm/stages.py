@@ -64,15 +64,6 @@ def share(model: Model, fd: int, offset: int, *, load: bool) -> None:
     check(lib.anellm_model_share(model._pointer, fd, offset, int(load)))
 
 
-def sync(model: Model) -> None:
-    """Bring what is in memory that a file holds to the disk: see share().
-
-    Raises:
-        InternalError: when the system cannot.
-    """
-    check(lib.anellm_model_sync(model._pointer))
-
-
 def infer_on_cpu(model: Model, *, on: bool = True) -> None:
     """Let forward() without training compute on the CPU, so that it compiles nothing."""
     check(lib.anellm_model_infer_on_cpu(model._pointer, int(on)))

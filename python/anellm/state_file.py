@@ -206,10 +206,15 @@ class StateFile:
     def store(self, commit: Commit) -> None:
         """Say that the data is now that of a state, and which; ``sequence`` is counted on.
 
+        With ``synced`` all of it is on the disk when this returns.
+
         Raises:
             InvalidError: when its values take too much room.
         """
         self.begin_work()
+        if commit.synced:
+            with mmap.mmap(self._fd, self.key.file_bytes) as everything:
+                everything.flush()  # msync: of the pages, whoever has them mapped
         self._store(commit._replace(sequence=self.commit.sequence + 1))
         if commit.synced:
             self._map.flush()

@@ -570,7 +570,7 @@ class Trainer:
             found = Measurement(math.nan, 0, 0, 0.0, None)
             more = {"message": str(error)}
         else:
-            more = self._ane.activations()
+            more = self._ane.activations() if self._pipeline is None else {}  # by a plan the CPU evaluates
         self._tell_fallbacks()
         loss = found.loss
         state.val_loss = loss if math.isfinite(loss) else None
