@@ -95,6 +95,16 @@ int anellm_rmsnorm_backward(float *dx, int64_t ld_dx, float *dw, const float *do
                             int64_t ld_x, const float *w, const float *rstd, int64_t N, int64_t dim,
                             int accumulate_dx);
 
+int anellm_layernorm_forward(float *out, int64_t ld_out, float *mean, float *rstd, const float *x, int64_t ld_x,
+                             const float *w, const float *b, int64_t N, int64_t dim, float eps);
+int anellm_layernorm_backward(float *dx, int64_t ld_dx, float *dw, float *db, const float *dout, int64_t ld_dout,
+                              const float *x, int64_t ld_x, const float *w, const float *mean, const float *rstd,
+                              int64_t N, int64_t dim, int accumulate_dx);
+
+int anellm_bias_forward(float *out, int64_t ld_out, const float *x, int64_t ld_x, const float *bias, int64_t N,
+                        int64_t dim);
+int anellm_bias_backward(float *dbias, const float *dout, int64_t ld_dout, int64_t N, int64_t dim);
+
 int anellm_rope_table(float *cos_out, float *sin_out, int64_t T, int64_t head_dim, int64_t start, double theta);
 int anellm_rope_forward(float *x, int64_t ld_x, const float *cos_in, const float *sin_in, int64_t B, int64_t T,
                         int64_t n_heads, int64_t head_dim);
@@ -114,6 +124,11 @@ int anellm_attention_backward(float *dq, float *dk, float *dv, const float *dout
 
 int anellm_swiglu_forward(float *out, const float *gate_up, int64_t N, int64_t hidden_dim);
 int anellm_swiglu_backward(float *dgate_up, const float *dout, const float *gate_up, int64_t N, int64_t hidden_dim);
+
+enum anellm_gelu { ANELLM_GELU_TANH = 0, ANELLM_GELU_ERF = 1 };
+int anellm_gelu_forward(float *out, const float *x, const float *bias, int64_t N, int64_t dim, int kind);
+int anellm_gelu_backward(float *dx, const float *dout, const float *x, const float *bias, int64_t N, int64_t dim,
+                         int kind);
 
 int anellm_matmul(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B, int64_t ld_b,
                   int trans_b, int64_t M, int64_t N, int64_t K, int accumulate);
@@ -152,18 +167,27 @@ int anellm_matvec_int8(float *y, int64_t ld_y, const float *x, int64_t ld_x, con
                        const float *scales, int64_t M, int64_t N, int64_t K, int accumulate);
 
 /* ---- model -------------------------------------------------------------------------------------------------- */
-enum anellm_arch { ANELLM_ARCH_LLAMA = 0 };
+enum anellm_arch { ANELLM_ARCH_LLAMA = 0, ANELLM_ARCH_GPT2 = 1 };
 typedef struct {
     int32_t arch;
     int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
-    int32_t tie_embeddings;                       /* the classifier is the embedding table */
+    int32_t tie_embeddings;                       /* the classifier is the embedding table; GPT-2: always */
     int32_t qk_norm;                              /* RMSNorm over head_dim of q and k before RoPE (Qwen3) */
+    int32_t bias;                                 /* GPT-2: every matrix and norm has a bias */
+    int32_t gelu;                                 /* GPT-2: of enum anellm_gelu */
+    int32_t padded_vocab_size;                    /* GPT-2: rows of the embedding table, those from vocab_size on 0 for
+                                                   * good; 0 means vocab_size */
     float norm_eps;
-    double rope_theta;
+    double rope_theta;                            /* GPT-2: 0, as its positions are learned */
 } anellm_config;
 int anellm_config_check(const anellm_config *config);
 
-enum anellm_tensor_kind { ANELLM_TENSOR_MATRIX = 0, ANELLM_TENSOR_EMBEDDING = 1, ANELLM_TENSOR_VECTOR = 2 };
+enum anellm_tensor_kind {
+    ANELLM_TENSOR_MATRIX = 0,
+    ANELLM_TENSOR_EMBEDDING = 1,
+    ANELLM_TENSOR_VECTOR = 2,
+    ANELLM_TENSOR_POSITIONS = 3                   /* a table like the embedding, of positions */
+};
 typedef struct {
     char name[128];                               /* Hugging Face name */
     int32_t kind, ndim;

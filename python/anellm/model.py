@@ -14,6 +14,7 @@ from anellm.activation_checkpoint import checkpoint_interval
 from anellm.compress import RemainingParams, Weights, weights_kind
 from anellm.config import ModelConfig
 from anellm.device import DTYPES, AneOptions, Dtype, configure, resolve_device
+from anellm.model_config import DIMS, GELUS
 from anellm.sample import BOS_ID, EOS_ID, Sampling, TokenStream, generate_stream
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class TensorInfo(NamedTuple):
         name: the Hugging Face name.
         shape: (out, in) for matrices, (n,) for vectors.
         offset: first element, counted in floats.
-        kind: "matrix", "embedding" or "vector"; AdamW's ``decay="matrices"`` leaves vectors out.
+        kind: "matrix", "embedding", "positions" or "vector"; AdamW's ``decay="matrices"`` leaves vectors out.
     """
 
     name: str
@@ -68,13 +69,14 @@ class GradNorm(NamedTuple):
 
 def _c_config(config: ModelConfig) -> Any:
     c = ffi.new("anellm_config *")
-    c.arch = lib.ANELLM_ARCH_LLAMA
-    for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len"):
+    c.arch = lib.ANELLM_ARCH_GPT2 if config.arch == "gpt2" else lib.ANELLM_ARCH_LLAMA
+    for name in DIMS:
         setattr(c, name, getattr(config, name))
-    c.tie_embeddings = int(config.tie_embeddings)
-    c.qk_norm = int(config.qk_norm)
+    for name in ("tie_embeddings", "qk_norm", "bias"):
+        setattr(c, name, int(getattr(config, name)))
+    c.gelu = GELUS.index(config.gelu)
     c.norm_eps = config.norm_eps
-    c.rope_theta = config.rope_theta
+    c.rope_theta = 0.0 if config.arch == "gpt2" else config.rope_theta
     check(lib.anellm_config_check(c))
     return c
 
@@ -95,7 +97,11 @@ def tensor_table(config: ModelConfig) -> list[TensorInfo]:
     n_tensors = ffi.new("int64_t *")
     check(lib.anellm_params_count(n_tensors, ffi.NULL, c))
     info = ffi.new("anellm_tensor_info *")
-    kinds = {lib.ANELLM_TENSOR_MATRIX: "matrix", lib.ANELLM_TENSOR_EMBEDDING: "embedding"}
+    kinds = {
+        lib.ANELLM_TENSOR_MATRIX: "matrix",
+        lib.ANELLM_TENSOR_EMBEDDING: "embedding",
+        lib.ANELLM_TENSOR_POSITIONS: "positions",
+    }
     table = []
     for i in range(n_tensors[0]):
         check(lib.anellm_params_info(info, c, i))
@@ -174,7 +180,8 @@ class KVCache(Handle):
 class Model:
     """A transformer in memory, with new weights. See also from_preset() and from_pretrained().
 
-    Weights start as normal(0, 0.02), those that write to the residual stream divided by sqrt(2 n_layers), norms as 1.
+    Weights start as normal(0, 0.02), those that write to the residual stream divided by sqrt(2 n_layers), norms as 1,
+    biases as 0.
 
     Args:
         config: the model's dimensions.
@@ -403,7 +410,7 @@ class Model:
             left_out = np.ones(self.config.vocab_size, bool)
             left_out[ids[(ids >= 0) & (ids < self.config.vocab_size)]] = False
             others = np.flatnonzero(left_out)
-            table = self.params["model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"]
+            table = self.params[self.tensors[0].name if self.config.tie_embeddings else "lm_head.weight"]
             if len(others):
                 table[others] = table[others[0]]
                 self.weights_changed()

@@ -25,6 +25,9 @@ SHAPE = ModelConfig(
     tie_embeddings=False,
 )  # fmt: skip
 TIED = dataclasses.replace(SHAPE, tie_embeddings=True, qk_norm=False)
+GPT2 = ModelConfig(
+    arch="gpt2", dim=32, n_layers=5, n_heads=4, vocab_size=61, padded_vocab_size=64, max_seq_len=40, bias=True
+)
 B, T = 2, 17
 GROUPINGS = ((0,), (0, 2), (0, 4), (0, 1, 3), (0, 1, 2, 3, 4))
 
@@ -107,24 +110,25 @@ def test_losses_and_gradients_are_those_of_forward_and_backward(dtype: Dtype, n_
             assert np.array_equal(found, expected), (starts, policy)
 
 
-def test_tied_embeddings_do_not_depend_on_the_groups() -> None:
-    losses, expected = whole(make_model(TIED), 1)
-    found_losses, found = staged(make_model(TIED), 1, (0, 2, 3))
+@pytest.mark.parametrize("config", [TIED, GPT2], ids=["llama", "gpt2"])
+def test_tied_embeddings_do_not_depend_on_the_groups(config: ModelConfig) -> None:
+    losses, expected = whole(make_model(config), 1)
+    found_losses, found = staged(make_model(config), 1, (0, 2, 3))
     assert found_losses == losses
     assert np.array_equal(found, expected)
-    losses, expected = whole(make_model(TIED), 3)
-    one_losses, one = staged(make_model(TIED), 3, (0,))
+    losses, expected = whole(make_model(config), 3)
+    one_losses, one = staged(make_model(config), 3, (0,))
     assert one_losses == losses
     np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-7)  # sums in another order
     for starts in GROUPINGS:
-        found_losses, found = staged(make_model(TIED, policy="sqrt"), 3, starts)
+        found_losses, found = staged(make_model(config, policy="sqrt"), 3, starts)
         assert found_losses == losses
         assert np.array_equal(found, one), starts
 
 
 @pytest.mark.parametrize("config", [SHAPE, TIED], ids=["untied", "tied"])
 def test_a_compact_vocabulary(config: ModelConfig) -> None:
-    config = dataclasses.replace(config, vocab_size=80)  # the batches hold 61
+    config = config.replace(vocab_size=80)  # the batches hold 61
 
     def model() -> Model:
         made = make_model(config)
