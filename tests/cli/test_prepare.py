@@ -175,9 +175,10 @@ def test_one_flag_from_a_text_to_a_model(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_run_keeps_its_tokenizer_json() -> None:
     pytest.importorskip("tokenizers", reason="the extra `tokenizers` is not installed")
     from anellm import generate
-    from anellm.tokenizer_json import JsonTokenizer, _byte_alphabet
+    from anellm.byte_level import byte_alphabet
+    from anellm.tokenizer_json import JsonTokenizer
 
-    made = JsonTokenizer.from_bpe(["<|endoftext|>", *_byte_alphabet(), "he"], ["h e"], "gpt-2", eos_id=0)
+    made = JsonTokenizer.from_bpe(["<|endoftext|>", *byte_alphabet(), "he"], ["h e"], "gpt-2", eos_id=0)
     Path("tj").mkdir()
     for name, content in made.files().items():
         Path("tj", name).write_bytes(content)
