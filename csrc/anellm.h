@@ -134,14 +134,19 @@ int anellm_matvec_int8(float *y, int64_t ld_y, const float *x, int64_t ld_x, con
                        const float *scales, int64_t M, int64_t N, int64_t K, int accumulate);
 
 /* ---- model -------------------------------------------------------------------------------------------------- */
-enum anellm_arch { ANELLM_ARCH_LLAMA = 0 };
+enum anellm_arch { ANELLM_ARCH_LLAMA = 0, ANELLM_ARCH_GPT2 = 1 };
+enum anellm_gelu { ANELLM_GELU_TANH = 0, ANELLM_GELU_ERF = 1 };
 typedef struct {
     int32_t arch;
     int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
-    int32_t tie_embeddings;                       /* the classifier is the embedding table */
+    int32_t tie_embeddings;                       /* the classifier is the embedding table; GPT-2: always */
     int32_t qk_norm;                              /* RMSNorm over head_dim of q and k before RoPE (Qwen3) */
+    int32_t bias;                                 /* GPT-2: every matrix and norm has a bias */
+    int32_t gelu;                                 /* GPT-2: of enum anellm_gelu */
+    int32_t padded_vocab_size;                    /* GPT-2: rows of the embedding table, those from vocab_size on 0 for
+                                                   * good; 0 means vocab_size */
     float norm_eps;
-    double rope_theta;
+    double rope_theta;                            /* GPT-2: 0, as its positions are learned */
 } anellm_config;
 int anellm_config_check(const anellm_config *config);
 

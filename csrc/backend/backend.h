@@ -131,5 +131,9 @@ int anellm_cpu_attention_decode(const anellm_config *config, float *x, float *k_
 
 static inline int64_t anellm_q_dim(const anellm_config *c) { return (int64_t)c->n_heads * c->head_dim; }
 static inline int64_t anellm_kv_dim(const anellm_config *c) { return (int64_t)c->n_kv_heads * c->head_dim; }
+/* Rows of the embedding table. */
+static inline int64_t anellm_table_rows(const anellm_config *c) {
+    return c->padded_vocab_size == 0 ? c->vocab_size : c->padded_vocab_size;
+}
 
 #endif

@@ -10,7 +10,7 @@
 enum { MAX_ROWS = 1 << 24 };
 
 const struct anellm_architecture *anellm_arch_of(const anellm_config *config) {
-    return config->arch == ANELLM_ARCH_LLAMA ? &anellm_arch_llama : NULL;
+    return config->arch == ANELLM_ARCH_GPT2 ? &anellm_arch_gpt2 : &anellm_arch_llama;
 }
 
 float *anellm_model_section(const anellm_model *model, int section) {
@@ -175,7 +175,12 @@ int anellm_model_init(anellm_model *model, uint64_t seed, float std) {
         if (scale > 0.0f) {
             status = anellm_rng_normal(p, info.size, seed, (uint64_t)i, 0.0f, std * scale);
         } else {
-            for (int64_t k = 0; k < info.size; ++k) p[k] = 1.0f;
+            const float value = scale < 0.0f ? 0.0f : 1.0f;
+            for (int64_t k = 0; k < info.size; ++k) p[k] = value;
+        }
+        if (i == 0) { /* the token table, whose padding is zero for good */
+            const int64_t used = (int64_t)model->config.vocab_size * model->config.dim;
+            memset(p + used, 0, (size_t)(info.size - used) * sizeof *p);
         }
     }
     model->backward_ready = 0;
@@ -235,7 +240,7 @@ int anellm_check_ids(const char *name, const int32_t *ids, int64_t n, int64_t vo
 }
 
 int anellm_model_reserve_rope(anellm_model *model, int64_t length) {
-    if (model->rope_len >= length) return ANELLM_OK;
+    if (model->rope_len >= length || model->config.arch == ANELLM_ARCH_GPT2) return ANELLM_OK;
     const int64_t half = model->config.head_dim / 2;
     model->rope_len = 0;
     ANELLM_TRY(anellm_block_reserve(&model->rope, (size_t)(2 * length * half) * sizeof(float)));

@@ -62,14 +62,16 @@ struct anellm_keep {
     int training, dtype, checkpoint;
 };
 
-/* One architecture (llama.c, later gpt2.c). The caller has checked every argument and holds the model. */
+/* One architecture (llama.c, gpt2.c). The caller has checked every argument and holds the model. Tensor 0 is the token
+ * embedding. */
 struct anellm_architecture {
     int64_t (*n_tensors)(const anellm_config *config);
     void (*tensor)(anellm_tensor_info *info, const anellm_config *config, int64_t index);
     /* Bytes of the activation block, split into what is kept for backward and what is scratch. */
     void (*activations)(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *config, int64_t B, int64_t T,
                         const struct anellm_keep *keep);
-    /* Standard deviation of tensor `index` at initialisation, in units of the base one; 0 means filled with ones. */
+    /* Standard deviation of tensor `index` at initialisation, in units of the base one; 0 means filled with ones, -1
+     * with zeros. */
     float (*init_scale)(const anellm_config *config, int64_t index);
     int (*forward)(anellm_model *model, float *losses, float *logits, const int32_t *tokens, const int32_t *targets,
                    int training);
@@ -78,7 +80,7 @@ struct anellm_architecture {
     void (*matrix)(struct anellm_matrix_info *info, const anellm_config *config, int64_t index);
     int (*decode)(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n);
 };
-extern const struct anellm_architecture anellm_arch_llama;
+extern const struct anellm_architecture anellm_arch_llama, anellm_arch_gpt2;
 const struct anellm_architecture *anellm_arch_of(const anellm_config *config);
 
 /* Keys and values of the tokens seen so far, and the scratch to add more. */

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from anellm.errors import ConfigError, DataError
+from anellm.errors import ConfigError, DataError, InvalidError
 
 if TYPE_CHECKING:
     from anellm.config import ModelConfig
@@ -20,6 +20,8 @@ _ROPE_THETA = 10000.0
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the content of a config.json that transformers reads as the same model."""
+    if config.arch != "llama":
+        raise InvalidError(f"arch: expected llama for a config.json, found {config.arch}")
     kind = "qwen3" if config.qk_norm else "llama"
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],

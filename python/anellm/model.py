@@ -14,6 +14,7 @@ from anellm.activation_checkpoint import checkpoint_interval
 from anellm.compress import RemainingParams, Weights, weights_kind
 from anellm.config import ModelConfig
 from anellm.device import DTYPES, AneOptions, Dtype, configure, resolve_device
+from anellm.model_config import DIMS, GELUS
 from anellm.sample import BOS_ID, EOS_ID, Sampling, TokenStream, generate_stream
 
 if TYPE_CHECKING:
@@ -68,13 +69,14 @@ class GradNorm(NamedTuple):
 
 def _c_config(config: ModelConfig) -> Any:
     c = ffi.new("anellm_config *")
-    c.arch = lib.ANELLM_ARCH_LLAMA
-    for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len"):
+    c.arch = lib.ANELLM_ARCH_GPT2 if config.arch == "gpt2" else lib.ANELLM_ARCH_LLAMA
+    for name in DIMS:
         setattr(c, name, getattr(config, name))
-    c.tie_embeddings = int(config.tie_embeddings)
-    c.qk_norm = int(config.qk_norm)
+    for name in ("tie_embeddings", "qk_norm", "bias"):
+        setattr(c, name, int(getattr(config, name)))
+    c.gelu = GELUS.index(config.gelu)
     c.norm_eps = config.norm_eps
-    c.rope_theta = config.rope_theta
+    c.rope_theta = 0.0 if config.arch == "gpt2" else config.rope_theta
     check(lib.anellm_config_check(c))
     return c
 

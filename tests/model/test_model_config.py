@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from anellm._ffi import check, lib
 from anellm.config import ModelConfig, preset_names
-from anellm.errors import ConfigError, DataError
+from anellm.errors import ConfigError, DataError, InvalidError
+from anellm.model import _c_config as c_config
 from anellm.model import tensor_table
 
 TINY: dict[str, Any] = {
@@ -34,6 +37,10 @@ TINY: dict[str, Any] = {
         ("smollm2-135m", 134_515_008),
         ("qwen3-0.6b", 596_049_920),
         ("llama7b", 6_738_415_616),
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
     ],
 )
 def test_presets_have_their_published_size(name: str, n_params: int) -> None:
@@ -44,9 +51,11 @@ def test_presets_have_their_published_size(name: str, n_params: int) -> None:
 def test_every_preset_travels(name: str) -> None:
     config = ModelConfig.from_preset(name)
     assert ModelConfig.from_dict(config.to_dict()) == config
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    if config.arch == "llama":
+        assert ModelConfig.from_hf(config.to_hf()) == config
     table = tensor_table(config)
-    assert sum(t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1) for t in table) == config.n_params()
+    padding = (config.padded_vocab_size - config.vocab_size) * config.dim
+    assert sum(math.prod(t.shape) for t in table) == config.n_params() + padding
 
 
 def test_flops_are_as_defined() -> None:
@@ -82,13 +91,111 @@ def test_defaults_follow_from_the_rest() -> None:
         ({"rope_theta": float("nan")}, "rope_theta: expected a finite"),
         ({"rope_theta": "x"}, "rope_theta: expected a number"),
         ({"tie_embeddings": 1}, "tie_embeddings: expected true or false"),
-        ({"arch": "gpt3"}, "arch: expected one of llama, found 'gpt3'"),
+        ({"arch": "gpt3"}, "arch: expected one of llama, gpt2, found 'gpt3'"),
         ({"dims": 3}, "unknown key 'dims'; did you mean dim?"),
     ],
 )
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?").replace(".", r"\.")):
         ModelConfig.from_dict({**TINY, **change})
+
+
+GPT2: dict[str, Any] = {"arch": "gpt2", "dim": 16, "n_layers": 2, "n_heads": 4, "vocab_size": 30, "max_seq_len": 8}
+
+
+def test_a_gpt2_by_default() -> None:
+    config = ModelConfig.from_dict(GPT2)
+    assert (config.hidden_dim, config.n_kv_heads, config.head_dim, config.padded_vocab_size) == (64, 4, 4, 30)
+    assert (config.bias, config.gelu, config.norm_eps, config.tie_embeddings) == (False, "tanh", 1e-5, True)
+    assert ModelConfig.from_dict({**GPT2, "n_heads": 16}).head_dim == 1  # no rotary embedding that turns pairs
+    names = [t.name for t in tensor_table(config.replace(bias=True))]
+    layer = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    parts = [*(f"h.{i}.{name}" for i in range(2) for name in layer), "ln_f"]
+    both = [f"transformer.{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+    assert names == ["transformer.wte.weight", "transformer.wpe.weight", *both]
+    assert [t.name for t in tensor_table(config)] == [n for n in names if n.endswith("weight")]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_flops_and_size_of_a_gpt2(bias: bool) -> None:
+    config = ModelConfig.from_dict({**GPT2, "bias": bias, "padded_vocab_size": 128})
+    table = tensor_table(config)
+    matrices = sum(math.prod(t.shape) for t in table if t.kind == "matrix")
+    assert matrices == 2 * 12 * 16 * 16
+    assert config.flops_per_token(8) == 6 * (matrices + 30 * 16) + 6 * 2 * 16 * 8
+    vectors = sum(math.prod(t.shape) for t in table if t.kind == "vector")
+    assert config.n_params() == matrices + vectors + (30 + 8) * 16
+    assert config.n_params_without_embeddings() == matrices + vectors
+
+
+def test_padding_follows_the_vocabulary() -> None:
+    config = ModelConfig.from_preset("gpt2")
+    assert (config.vocab_size, config.padded_vocab_size) == (50257, 50304)
+    assert config.replace(vocab_size=1000).padded_vocab_size == 1024
+    assert config.replace(vocab_size=1000, padded_vocab_size=1001).padded_vocab_size == 1001
+    assert config.replace(max_seq_len=96).padded_vocab_size == 50304
+    assert ModelConfig.from_preset("gpt2", vocab_size=130).padded_vocab_size == 256
+    assert ModelConfig.from_preset("gpt2-char").padded_vocab_size == 65
+    assert ModelConfig.from_preset("gpt2-char", vocab_size=66).padded_vocab_size == 66
+    assert ModelConfig(**TINY).replace(vocab_size=33).padded_vocab_size == 33
+    with pytest.raises(ConfigError, match="vocab_size: expected a whole number, found 'x'"):
+        config.replace(vocab_size="x")
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (TINY, {"bias": True}, "bias: expected false with arch llama, found true"),
+        (TINY, {"gelu": "erf"}, "gelu: expected tanh with arch llama, found erf"),
+        (TINY, {"padded_vocab_size": 64}, "padded_vocab_size: expected 32 with arch llama, found 64"),
+        (GPT2, {"n_kv_heads": 2}, "n_kv_heads: expected 4 with arch gpt2, found 2"),
+        (GPT2, {"head_dim": 8}, "head_dim: expected 4 with arch gpt2, found 8"),
+        (GPT2, {"head_dim": 4, "dim": 18}, "dim: expected a multiple of n_heads=4, found 18"),
+        (GPT2, {"dim": 18}, "dim: expected a multiple of n_heads=4"),
+        (GPT2, {"dim": 0, "head_dim": 4}, "dim: expected 1 to 2147483647, found 0"),
+        (GPT2, {"rope_theta": 500.0}, "rope_theta: expected 10000.0 with arch gpt2, found 500.0"),
+        (GPT2, {"tie_embeddings": False}, "tie_embeddings: expected true with arch gpt2, found false"),
+        (GPT2, {"qk_norm": True}, "qk_norm: expected false with arch gpt2, found true"),
+        (GPT2, {"padded_vocab_size": 29}, "padded_vocab_size: expected at least vocab_size=30, found 29"),
+        (GPT2, {"padded_vocab_size": -1}, "padded_vocab_size: expected 1 to 2147483647, found -1"),
+        (GPT2, {"gelu": "relu"}, "gelu: expected one of tanh, erf, found 'relu'"),
+        (GPT2, {"bias": 1}, "bias: expected true or false, found 1"),
+        (GPT2, {"norm_eps": -1.0}, "norm_eps: expected a finite number above 0"),
+    ],
+)
+def test_what_an_architecture_does_not_have_is_refused(base: dict[str, Any], change: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({**base, **change})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "field", "value", "message"),
+    [
+        (TINY, "arch", 2, "arch = 2, must be 0..1"),
+        (TINY, "bias", 1, "bias = 1, must be 0"),
+        (TINY, "gelu", 1, "gelu = 1, must be 0"),
+        (TINY, "padded_vocab_size", 64, "padded_vocab_size = 64, must be 0 or vocab_size = 32"),
+        (TINY, "head_dim", 3, "head_dim = 3, must be even"),
+        (TINY, "rope_theta", 0.0, "rope_theta = 0, must be >= 1"),
+        (GPT2, "bias", 2, "bias = 2, must be 0..1"),
+        (GPT2, "gelu", -1, "gelu = -1, must be 0..1"),
+        (GPT2, "padded_vocab_size", 29, "padded_vocab_size = 29, must be 30.."),
+        (GPT2, "n_kv_heads", 2, "n_kv_heads = 2, must be n_heads = 4"),
+        (GPT2, "head_dim", 8, "must make up dim = 16"),
+        (GPT2, "tie_embeddings", 0, "tie_embeddings = 0, must be 1"),
+        (GPT2, "qk_norm", 1, "qk_norm = 1, must be 0"),
+        (GPT2, "rope_theta", float("nan"), "rope_theta = nan, must be 0"),
+        (GPT2, "norm_eps", 2.0, "norm_eps = 2, must be 0..1"),
+    ],
+)
+def test_the_core_refuses_the_same(base: dict[str, Any], field: str, value: Any, message: str) -> None:
+    c = c_config(ModelConfig.from_dict(base))
+    c.padded_vocab_size = 0  # as good as vocab_size
+    check(lib.anellm_config_check(c))
+    setattr(c, field, value)
+    with pytest.raises(InvalidError, match=message.replace(".", r"\.")):
+        check(lib.anellm_config_check(c))
 
 
 def test_names_are_checked() -> None:
@@ -98,6 +205,8 @@ def test_names_are_checked() -> None:
         ModelConfig.from_preset("tiny", layers=3)
     with pytest.raises(ConfigError, match="missing dim, hidden_dim"):
         ModelConfig.from_dict({})
+    with pytest.raises(ConfigError, match="missing dim, n_layers"):
+        ModelConfig.from_dict({"arch": "gpt2"})
 
 
 HF: dict[str, Any] = {
