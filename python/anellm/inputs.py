@@ -11,11 +11,12 @@ from anellm.bpe_trainer import train_bpe_on
 from anellm.config import ModelConfig, TrainConfig
 from anellm.data import TokenDataset
 from anellm.documents import read_documents
-from anellm.errors import CheckpointError, DataError, OutOfMemoryError
+from anellm.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from anellm.machine import available_bytes, human_bytes, human_count
 from anellm.model import Memory, memory
-from anellm.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer_file
+from anellm.tokenizer import CHARACTERS, Tokenizer, find_tokenizer_file, load_tokenizer_file
 from anellm.tokenizer_base import BaseTokenizer
+from anellm.tokenizer_char import CharTokenizer
 from anellm.trainer import default_seq_len
 from anellm.weights import find_tokenizer, load_pretrained
 
@@ -52,6 +53,8 @@ def load_tokenizer(config: TrainConfig, resumed: Path | None = None) -> BaseToke
 
 
 def _load_tokenizer(config: TrainConfig) -> BaseTokenizer | None:
+    if config.tokenizer == CHARACTERS and not Path(CHARACTERS).exists():
+        return _learn_characters(config)
     if config.tokenizer is not None:
         return load_tokenizer_file(config.tokenizer)
     if config.data is None:
@@ -68,6 +71,14 @@ def _load_tokenizer(config: TrainConfig) -> BaseTokenizer | None:
     if not config.quiet:
         print(f"tokenizer  learnt from {config.data}, as none is given: {tokenizer.vocab_size} tokens", flush=True)
     return tokenizer
+
+
+def _learn_characters(config: TrainConfig) -> CharTokenizer:
+    files = [] if config.data is None else tokens.find_data(config.data)
+    if not files or not tokens.is_text(files[0]):
+        raise ConfigError(f"--tokenizer {CHARACTERS}: expected a text in --data, found {config.data or 'none'}")
+    texts = (text for file in files for text in read_documents(file))
+    return CharTokenizer.learn(texts, source=f"the characters of {config.data}")
 
 
 def model_config(config: TrainConfig, tokenizer: BaseTokenizer | None, resumed: Path | None = None) -> ModelConfig:

@@ -206,6 +206,10 @@ class JsonTokenizer(BaseTokenizer):
         }
         return cls(safeio.json_bytes(values, None), safeio.json_bytes(config), source=source)
 
+    def is_gpt2(self) -> bool:
+        """Return whether this gives what gpt2() gives, whatever file it is from."""
+        return self._own is not None and list(self.token_table) == list(self.gpt2().token_table)
+
     @property
     def token_table(self) -> Sequence[bytes]:
         """Return the bytes of each token; those that begin, end or steer texts have none."""

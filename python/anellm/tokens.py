@@ -264,7 +264,7 @@ def is_text(path: Path) -> bool:
 
 
 def _is_data(path: Path) -> bool:
-    if path.name.startswith((".", "tokenizer.")) or path.name.endswith(".tokenizer.bin"):
+    if path.name.startswith((".", "tokenizer.")) or path.name.endswith((".tokenizer.bin", "_tokenizer.bin")):
         return False
     return path.suffix.lower() in TOKEN_SUFFIXES + TEXT_SUFFIXES and path.is_file()
 
