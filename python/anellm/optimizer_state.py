@@ -1,4 +1,4 @@
-"""llm.c's optimizer state (github.com/karpathy/llm.c, train_gpt2.cu ``save_state``): ``state_STEP_RANK.bin``; read only.
+"""llm.c's optimizer state (github.com/karpathy/llm.c, train_gpt2.cu ``save_state``), read only: state_STEP_RANK.bin.
 
 256 int32, little-endian: magic 20240527, version 1, number of processes, rank, whether there are fp32 master weights,
 whether the data is shuffled; at 10 the step; at 20 and 22 uint64 states of the random numbers; at 30 and 32 uint64
