@@ -57,6 +57,24 @@ int anellm_bandwidth_gbs(double *gbs, int64_t bytes, int threads, double seconds
 int anellm_matmul_ladder(float *C, const float *A, const float *B, int64_t M, int64_t N, int64_t K, int rung);
 const char *anellm_matmul_rung(int rung);         /* "naive", "reordered", ...; NULL after the last */
 
+/* ---- energy and heat of this machine (csrc/core/power.h; docs/metrics.md) -------------------------------------- */
+enum anellm_thermal {                             /* NSProcessInfo's thermal states */
+    ANELLM_THERMAL_UNKNOWN = -1, ANELLM_THERMAL_NOMINAL = 0, ANELLM_THERMAL_FAIR = 1, ANELLM_THERMAL_SERIOUS = 2,
+    ANELLM_THERMAL_CRITICAL = 3
+};
+typedef struct anellm_power anellm_power;
+typedef struct {
+    char source[16];                              /* "ioreport": of the machine; "process": of this process' CPU time;
+                                                     "": no energy is known */
+    double cpu, gpu, ane, dram;                   /* joules since it was opened; negative where not known */
+    int32_t thermal, reserved;                    /* enum above */
+} anellm_power_reading;
+/* library: NULL, what this system has; or the path of a library that exports anellm_power_library_open. UNAVAILABLE
+ * where neither energy nor heat can be known this way. */
+int anellm_power_open(anellm_power **power, const char *library);
+int anellm_power_read(anellm_power *power, anellm_power_reading *reading);
+void anellm_power_close(anellm_power *power);
+
 /* ---- counter-based random numbers (Philox4x32-10, Salmon et al. 2011) ---------------------------------------- */
 /* Pure functions of (seed, stream, counter): no state, so any place in a sequence can be reached directly. */
 uint64_t anellm_rng_u64(uint64_t seed, uint64_t stream, uint64_t counter);
@@ -77,6 +95,16 @@ int anellm_rmsnorm_backward(float *dx, int64_t ld_dx, float *dw, const float *do
                             int64_t ld_x, const float *w, const float *rstd, int64_t N, int64_t dim,
                             int accumulate_dx);
 
+int anellm_layernorm_forward(float *out, int64_t ld_out, float *mean, float *rstd, const float *x, int64_t ld_x,
+                             const float *w, const float *b, int64_t N, int64_t dim, float eps);
+int anellm_layernorm_backward(float *dx, int64_t ld_dx, float *dw, float *db, const float *dout, int64_t ld_dout,
+                              const float *x, int64_t ld_x, const float *w, const float *mean, const float *rstd,
+                              int64_t N, int64_t dim, int accumulate_dx);
+
+int anellm_bias_forward(float *out, int64_t ld_out, const float *x, int64_t ld_x, const float *bias, int64_t N,
+                        int64_t dim);
+int anellm_bias_backward(float *dbias, const float *dout, int64_t ld_dout, int64_t N, int64_t dim);
+
 int anellm_rope_table(float *cos_out, float *sin_out, int64_t T, int64_t head_dim, int64_t start, double theta);
 int anellm_rope_forward(float *x, int64_t ld_x, const float *cos_in, const float *sin_in, int64_t B, int64_t T,
                         int64_t n_heads, int64_t head_dim);
@@ -96,6 +124,11 @@ int anellm_attention_backward(float *dq, float *dk, float *dv, const float *dout
 
 int anellm_swiglu_forward(float *out, const float *gate_up, int64_t N, int64_t hidden_dim);
 int anellm_swiglu_backward(float *dgate_up, const float *dout, const float *gate_up, int64_t N, int64_t hidden_dim);
+
+enum anellm_gelu { ANELLM_GELU_TANH = 0, ANELLM_GELU_ERF = 1 };
+int anellm_gelu_forward(float *out, const float *x, const float *bias, int64_t N, int64_t dim, int kind);
+int anellm_gelu_backward(float *dx, const float *dout, const float *x, const float *bias, int64_t N, int64_t dim,
+                         int kind);
 
 int anellm_matmul(float *C, int64_t ld_c, const float *A, int64_t ld_a, int trans_a, const float *B, int64_t ld_b,
                   int trans_b, int64_t M, int64_t N, int64_t K, int accumulate);
@@ -135,7 +168,6 @@ int anellm_matvec_int8(float *y, int64_t ld_y, const float *x, int64_t ld_x, con
 
 /* ---- model -------------------------------------------------------------------------------------------------- */
 enum anellm_arch { ANELLM_ARCH_LLAMA = 0, ANELLM_ARCH_GPT2 = 1 };
-enum anellm_gelu { ANELLM_GELU_TANH = 0, ANELLM_GELU_ERF = 1 };
 typedef struct {
     int32_t arch;
     int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
@@ -282,7 +314,10 @@ typedef struct {
     char detail[384];                             /* ours: line:column, the rule's id in ANE.md, why */
 } anellm_ane_error;
 typedef struct {
-    int64_t compiles, compile_failures, cache_hits, loaded, loads, evaluations, evaluation_failures;
+    int64_t compiles, compile_failures;
+    int64_t cache_hits;                           /* what was compiled before: compiled once more and faster by the
+                                                     simulator, not at all by "ane" */
+    int64_t loaded, loads, evaluations, evaluation_failures;
     double modelled_ms;                           /* time that the chip would have taken so far */
     int64_t mac_fast, mac_exact;                  /* tiles of products: numerics = fast took the short way, or not */
 } anellm_ane_counters;
@@ -293,6 +328,20 @@ typedef struct {
     int32_t n_engines, n_cores;                   /* 0 where not known */
 } anellm_ane_info;
 
+/* Quality of service of calls to the framework: macOS' qos_class_t. Any number from 0 to 63 is one. */
+enum anellm_ane_qos_class {
+    ANELLM_ANE_QOS_AUTO = -1,                     /* the best of those below, by measurement */
+    ANELLM_ANE_QOS_BACKGROUND = 9, ANELLM_ANE_QOS_UTILITY = 17, ANELLM_ANE_QOS_DEFAULT = 21,
+    ANELLM_ANE_QOS_USER_INITIATED = 25, ANELLM_ANE_QOS_USER_INTERACTIVE = 33
+};
+enum { ANELLM_ANE_N_QOS = 5 };
+typedef struct {
+    int32_t value;                                /* of the next program */
+    int32_t measured;                             /* 1: chosen by measurement, in this process */
+    int32_t values[ANELLM_ANE_N_QOS];             /* those that were tried */
+    double us[ANELLM_ANE_N_QOS];                  /* median time of an evaluation under each; 0: none */
+} anellm_ane_qos;
+
 /* name: "sim"; "ane", the engine of this machine; or the path of a library that exports anellm_ane_device_open.
  * Objects may be freed in any order. */
 int anellm_ane_open(anellm_ane **device, const char *name, const anellm_ane_profile *profile,
@@ -301,6 +350,10 @@ void anellm_ane_close(anellm_ane *device);
 int anellm_ane_get_counters(anellm_ane *device, anellm_ane_counters *counters);
 int anellm_ane_get_info(anellm_ane *device, anellm_ane_info *info);
 int anellm_ane_get_error(anellm_ane *device, anellm_ane_error *error);      /* of the last COMPILE or EVAL */
+/* Quality of service of programs that are compiled from now on, for all calls of each; a real engine's begins as AUTO.
+ * get_qos measures first what AUTO has not yet; so does the first compile. Devices without: UNSUPPORTED. */
+int anellm_ane_set_qos(anellm_ane *device, int qos);
+int anellm_ane_get_qos(anellm_ane *device, anellm_ane_qos *qos);
 int anellm_ane_compile(anellm_ane *device, anellm_ane_program **program, const char *mil, int64_t mil_bytes,
                        const anellm_ane_file *files, int64_t n_files);
 void anellm_ane_program_free(anellm_ane_program *program);                  /* unloads it */
@@ -407,15 +460,17 @@ typedef struct {
     int32_t softmax_cpu;                          /* 1: mask and softmax of the attention on the CPU */
     int32_t async_dw;                             /* 1: weight gradients on a background thread, beside the evaluations;
                                                      the same bytes as with 0 */
+    int32_t fallback;                             /* 1: what a program computes that the device refuses to compile or
+                                                     load, the CPU does, in all layers; 0: COMPILE */
 } anellm_ane_options;
 /* From now on attention and mlp blocks of forward and backward run on the device (embedding, norms, classifier, loss,
  * weight gradients, the optimizer and decode stay on the CPU). The device stays the caller's and must outlive the model
- * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1}. Needs a model made with "cpu", of dtype
+ * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1, 1}. Needs a model made with "cpu", of dtype
  * fp32. UNSUPPORTED when a dimension of the model is beyond what any chip takes. Forgets a forward that was not gone back
  * through; programs are compiled by the first forward of a batch shape. */
 int anellm_model_attach_ane(anellm_model *model, anellm_ane *device, const anellm_ane_options *options);
 /* A forward or backward on the device can also end with
- *   COMPILE    the device refused a program: which, for which shape, why
+ *   COMPILE    the device refused a program: which, for which shape, why; only without fallback
  *   EVAL       an evaluation failed: which program, which layer, the device's error
  *   NONFINITE  a value was out of range on its way in, or infinite on its way out: which program, which layer
  * Parameters and moments are untouched then. Gradients hold a partial sum that must not be used: with accumulation, the
@@ -427,10 +482,20 @@ typedef struct {
                                                      evaluation was repeated with a smaller one after an overflow */
     int64_t surface_bytes;                        /* memory of all surfaces now */
     double ane_flops, cpu_flops;                  /* of matrix products, in the last forward and backward */
+    double total_ane_flops, total_cpu_flops;      /* and in all of them since it was attached */
     double max_activation;                        /* max |residual| of the last forward, and in which layer */
     int32_t max_activation_layer;
+    int32_t n_refusals;                           /* programs refused since it was attached; each costs one compile */
 } anellm_ane_stats;
 int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats);      /* INVALID unless attached */
+/* A program that the device refused, so that the CPU computes its part of the blocks. */
+typedef struct {
+    const char *program, *part;                   /* "sdpa_bwd2", "attention backward" */
+    int64_t B, T;                                 /* the shape that it was refused for */
+    anellm_ane_error error;                       /* as the device reports it */
+    char message[512];
+} anellm_ane_refusal;
+int anellm_model_ane_refusal(anellm_model *model, int64_t index, anellm_ane_refusal *refusal); /* RANGE after the last */
 /* max |residual| behind each layer's two blocks in the last forward; n_layers must be the model's. */
 int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_layers);
 /* The scales' state, which a run that goes on exactly where it stopped needs beside parameters and moments: its size,

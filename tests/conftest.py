@@ -18,6 +18,14 @@ settings.register_profile(
 )
 settings.load_profile("anellm")
 
+os.environ["ANELLM_POWER"] = "off"  # what a machine takes is in its metrics; tests that want it turn it on
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what tests find out of the user's cache folder."""
+    os.environ["ANELLM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -7,8 +7,9 @@
  *     attention   mid = x   + attention(norm(x))        mlp   out = mid + mlp(norm(mid))
  *     classifier  loss = cross_entropy(head(norm(x)), targets)
  *
- * Pointers that an architecture has no use for are NULL (a Llama has no biases; a model without q/k-norm has no
- * qk_raw). Backward functions get the gradient of the block's output in `dx` and leave the gradient of its input
+ * norm is RMSNorm in a Llama and LayerNorm in a GPT-2; a Llama's attention turns q and k (RoPE) and its mlp is SwiGLU, a
+ * GPT-2's is GELU. Pointers that an architecture has no use for are NULL (a Llama has no biases and no means; a model
+ * without q/k-norm has no qk_raw). Backward functions get the gradient of the block's output in `dx` and leave the gradient of its input
  * there; they add to (accumulate != 0) or overwrite the weight gradients of matrices, and always add to those of
  * vectors, which the model has zeroed. */
 #ifndef ANELLM_BACKEND_BACKEND_H
@@ -25,17 +26,21 @@ struct anellm_layer_weights {
     float *k_norm;     /* (head_dim) */
     float *wo;         /* (dim, q_dim) */
     float *mlp_norm;   /* (dim) */
-    float *gate_up;    /* (2 hidden_dim, dim): gate rows, then up rows */
+    float *gate_up;    /* (2 hidden_dim, dim): gate rows, then up rows; GPT-2: (hidden_dim, dim), what GELU is taken of */
     float *down;       /* (dim, hidden_dim) */
+    /* Of the above, each as long as its rows. */
+    float *attn_norm_bias, *qkv_bias, *wo_bias, *mlp_norm_bias, *gate_up_bias, *down_bias;
 };
 struct anellm_head_weights {
     float *norm;       /* (dim) */
+    float *norm_bias;  /* (dim) */
     float *classifier; /* (n_classes, dim) */
 };
 
 /* What forward keeps for backward, per layer ("taps"). */
 struct anellm_layer_saved {
     float *x;          /* (N, dim) input of the attention block */
+    float *attn_mean;  /* (N) */
     float *attn_rstd;  /* (N) */
     float *qk_raw;     /* (N, q_dim + kv_dim) q and k before q/k-norm */
     float *qk_rstd;    /* (n_heads + n_kv_heads, N) */
@@ -43,12 +48,14 @@ struct anellm_layer_saved {
     float *lse;        /* (B, n_heads, T) */
     float *attn;       /* (N, q_dim) output of attention before wo */
     float *mid;        /* (N, dim) input of the mlp block */
+    float *mlp_mean;   /* (N) */
     float *mlp_rstd;   /* (N) */
-    float *gate_up;    /* (N, 2 hidden_dim); backward overwrites it; NULL where the bf16 form is kept */
+    float *gate_up;    /* (N, rows of w->gate_up), without bias; backward overwrites it; NULL where the bf16 form is kept */
     uint16_t *gate_up_bf16;
 };
 struct anellm_head_saved {
     float *x;          /* (N, dim) input of the final norm */
+    float *mean;       /* (N) */
     float *rstd;       /* (N) */
     float *h;          /* (N, dim) the normed x */
     float *lse;        /* (N) */
@@ -61,16 +68,17 @@ struct anellm_workspace {
     float *h;          /* (N, dim) */
     float *scratch_a;  /* (N, hidden_dim), or in training (N, max(hidden_dim, q_dim + 2 kv_dim)) */
     float *scratch_b;  /* (N, q_dim); training only */
-    float *gate_up;    /* (N, 2 hidden_dim); only where a layer keeps gate_up_bf16 */
+    float *gate_up;    /* (N, rows of w->gate_up); only where a layer keeps gate_up_bf16 */
 };
 
 struct anellm_step {
     const anellm_config *config;
     int64_t B, T;                             /* N = B * T */
-    const float *rope_cos, *rope_sin;         /* (T, head_dim / 2) */
+    const float *rope_cos, *rope_sin;         /* (T, head_dim / 2); NULL where there is no RoPE */
     const struct anellm_workspace *workspace;
     int64_t layer;                            /* of the attention or mlp block; forward starts at 0 */
     int training;                             /* forward: backward will follow */
+    int again;                                /* forward: of a layer inside a backward, for what was not kept */
     int accumulate;                           /* backward: add to the gradients of matrices */
     int dtype;                                /* of enum anellm_dtype: what matrix products round their inputs to */
     int64_t n_classes;                        /* rows of the classifier: vocab_size, or fewer (model/vocab.c) ... */
@@ -113,7 +121,9 @@ struct anellm_backend {
 const struct anellm_backend *anellm_backend_find(const char *name);
 extern const struct anellm_backend anellm_backend_cpu;
 
-/* Parts of the CPU's blocks that other backends use. RMSNorm over head_dim of each q and k head, in place, before RoPE
+/* Parts of the CPU's blocks that other backends use. Attention over rows of q, k, v as anellm_layer_saved has them. */
+anellm_attention_shape anellm_cpu_attention_shape(const anellm_config *config, int64_t B, int64_t T);
+/* RMSNorm over head_dim of each q and k head, in place, before RoPE
  * (Qwen3). qk (N, ld) starts with q, then k; rstd is (n_heads + n_kv_heads, N) or NULL. */
 int anellm_cpu_qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_config *config, int64_t N,
                                const struct anellm_layer_weights *w);
@@ -123,7 +133,8 @@ int anellm_cpu_qk_norm_backward(float *dqk, int64_t ld, const struct anellm_laye
 
 /* Attention over a cache of keys and values; always on the CPU. k_cache, v_cache (n_kv_heads, max_tokens, head_dim)
  * hold `start` tokens; n are appended. x (n, dim) is replaced by x + attention(norm(x)). scratch: n * (dim + 2 q_dim +
- * 2 kv_dim) floats. rope_cos, rope_sin point at row `start` of their tables. Of w only the norms are used. */
+ * 2 kv_dim) floats. rope_cos, rope_sin point at row `start` of their tables, or are NULL. Of w only norms and biases are
+ * used. */
 int anellm_cpu_attention_decode(const anellm_config *config, float *x, float *k_cache, float *v_cache,
                                 int64_t max_tokens, int64_t start, int64_t n, const float *rope_cos,
                                 const float *rope_sin, float *scratch, const struct anellm_layer_weights *w,
@@ -131,6 +142,10 @@ int anellm_cpu_attention_decode(const anellm_config *config, float *x, float *k_
 
 static inline int64_t anellm_q_dim(const anellm_config *c) { return (int64_t)c->n_heads * c->head_dim; }
 static inline int64_t anellm_kv_dim(const anellm_config *c) { return (int64_t)c->n_kv_heads * c->head_dim; }
+/* Rows of w->gate_up. */
+static inline int64_t anellm_gate_up_dim(const anellm_config *c) {
+    return c->arch == ANELLM_ARCH_GPT2 ? c->hidden_dim : 2 * (int64_t)c->hidden_dim;
+}
 /* Rows of the embedding table. */
 static inline int64_t anellm_table_rows(const anellm_config *c) {
     return c->padded_vocab_size == 0 ? c->vocab_size : c->padded_vocab_size;

@@ -9,10 +9,13 @@
 
 #include "kernels/adamw.h"
 #include "kernels/attention.h"
+#include "kernels/bias.h"
 #include "kernels/convert.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
+#include "kernels/gelu.h"
 #include "kernels/grad_norm.h"
+#include "kernels/layernorm.h"
 #include "kernels/matmul.h"
 #include "kernels/matvec.h"
 #include "kernels/quantize.h"

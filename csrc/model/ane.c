@@ -43,6 +43,8 @@ int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats) {
     ANELLM_REQUIRE(stats != NULL, "stats is NULL");
     ANELLM_TRY(take_engine(&engine, model, __func__));
     *stats = engine->stats;
+    stats->total_ane_flops += stats->ane_flops;
+    stats->total_cpu_flops += stats->cpu_flops;
     stats->max_activation = 0.0;
     stats->max_activation_layer = 0;
     for (int32_t layer = 0; layer < model->config.n_layers; ++layer) {
@@ -54,6 +56,21 @@ int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats) {
     }
     anellm_model_release(model);
     return ANELLM_OK;
+}
+
+int anellm_model_ane_refusal(anellm_model *model, int64_t index, anellm_ane_refusal *refusal) {
+    struct anellm_ane_engine *engine = NULL;
+    ANELLM_REQUIRE(refusal != NULL, "refusal is NULL");
+    ANELLM_TRY(take_engine(&engine, model, __func__));
+    int status = ANELLM_OK;
+    if (index >= 0 && index < engine->refusals.n) {
+        *refusal = engine->refusals.list[index].shown;
+    } else {
+        status = anellm_fail_in(__func__, ANELLM_RANGE, "index = %lld, there are %d refusals", (long long)index,
+                                engine->refusals.n);
+    }
+    anellm_model_release(model);
+    return status;
 }
 
 int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_layers) {

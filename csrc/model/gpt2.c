@@ -109,6 +109,37 @@ static float gpt2_init_scale(const anellm_config *c, int64_t index) {
     return which == C_PROJ || which == MLP_PROJ ? 1.0f / sqrtf(2.0f * (float)c->n_layers) : 1.0f;
 }
 
+static struct anellm_layer_weights gpt2_layer_weights(const anellm_config *c, float *base, int64_t layer) {
+    float *p = base + layers_start(c) + layer * layer_size(c), *at[N_LAYER_TENSORS];
+    for (int i = 0; i < N_LAYER_TENSORS; ++i) at[i] = c->bias || i % 2 == 0 ? p + layer_tensor_offset(c, i) : NULL;
+    return (struct anellm_layer_weights){
+        .attn_norm = at[LN_1], .attn_norm_bias = at[LN_1_BIAS], .qkv = at[C_ATTN],    .qkv_bias = at[C_ATTN_BIAS],
+        .wo = at[C_PROJ],      .wo_bias = at[C_PROJ_BIAS],      .mlp_norm = at[LN_2], .mlp_norm_bias = at[LN_2_BIAS],
+        .gate_up = at[C_FC],   .gate_up_bias = at[C_FC_BIAS],   .down = at[MLP_PROJ], .down_bias = at[MLP_PROJ_BIAS]};
+}
+
+static struct anellm_head_weights gpt2_head_weights(const anellm_config *c, float *base) {
+    float *norm = base + layers_end(c);
+    return (struct anellm_head_weights){.norm = norm, .norm_bias = c->bias ? norm + c->dim : NULL, .classifier = base};
+}
+
+/* ---- forward and backward: the walk over the layers is that of llama.c -------------------------------------------- */
+
+static void gpt2_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *c, int64_t B, int64_t T,
+                             const struct anellm_keep *keep) {
+    anellm_arch_llama.activations(kept_bytes, scratch_bytes, c, B, T, keep);
+}
+
+static int gpt2_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
+                        const int32_t *targets, int training) {
+    return anellm_arch_llama.forward(model, losses, logits, tokens, targets, training);
+}
+
+static int gpt2_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
+                         int accumulate) {
+    return anellm_arch_llama.backward(model, tokens, targets, scale, accumulate);
+}
+
 /* ---- decoding with a cache ---------------------------------------------------------------------------------------- */
 
 /* The matrices that decode reads: the classifier, which is the token table without its padding, then those of each
@@ -129,31 +160,52 @@ static void gpt2_matrix(struct anellm_matrix_info *info, const anellm_config *c,
     layer_tensor_shape(shape, c, which);
     *info = (struct anellm_matrix_info){.rows = shape[0],
                                         .columns = shape[1],
-                                        .offset = layers_start(c) + layer * layer_size(c) + layer_tensor_offset(c, which)};
+                                        .offset = layers_start(c) + layer * layer_size(c) +
+                                                  layer_tensor_offset(c, which)};
 }
 
-static void gpt2_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *c, int64_t B, int64_t T,
-                             const struct anellm_keep *keep) {
-    (void)c, (void)B, (void)T, (void)keep;
-    *kept_bytes = 0;
-    *scratch_bytes = 0;
-}
-
-static int gpt2_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
-                        const int32_t *targets, int training) {
-    (void)model, (void)losses, (void)logits, (void)tokens, (void)targets, (void)training;
-    return anellm_fail(ANELLM_UNSUPPORTED, "a GPT-2 cannot compute in this version");
-}
-
-static int gpt2_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
-                         int accumulate) {
-    (void)model, (void)tokens, (void)targets, (void)scale, (void)accumulate;
-    return anellm_fail(ANELLM_UNSUPPORTED, "a GPT-2 cannot compute in this version");
+/* One layer over `rows` tokens behind `start` others. */
+static int decode_layer(const anellm_model *model, anellm_kvcache *cache, float *x, float *scratch, int64_t layer,
+                        int64_t start, int64_t rows) {
+    const anellm_config *c = &model->config;
+    const int64_t dim = c->dim, hidden = c->hidden_dim;
+    const struct anellm_layer_weights w =
+        gpt2_layer_weights(c, anellm_model_section(model, ANELLM_SECTION_PARAMS), layer);
+    struct anellm_matrix m[N_DECODE_MATRICES];
+    for (int i = 0; i < N_DECODE_MATRICES; ++i) m[i] = anellm_model_matrix(model, 1 + layer * N_DECODE_MATRICES + i);
+    float *keys = (float *)cache->keys_values.base + layer * 2 * cache->max_tokens * dim;
+    float *h = scratch, *act = h + rows * dim;
+    ANELLM_TRY(anellm_cpu_attention_decode(c, x, keys, keys + cache->max_tokens * dim, cache->max_tokens, start, rows,
+                                           NULL, NULL, scratch, &w, &m[DECODE_QKV], &m[DECODE_WO]));
+    ANELLM_TRY(anellm_layernorm_forward(h, dim, NULL, NULL, x, dim, w.mlp_norm, w.mlp_norm_bias, rows, dim,
+                                        c->norm_eps));
+    ANELLM_TRY(anellm_matrix_multiply(act, hidden, h, dim, &m[DECODE_FC], rows, 0));
+    ANELLM_TRY(anellm_gelu_forward(act, act, w.gate_up_bias, rows, hidden, c->gelu));
+    if (w.down_bias != NULL) ANELLM_TRY(anellm_bias_forward(x, dim, x, dim, w.down_bias, rows, dim));
+    return anellm_matrix_multiply(x, dim, act, hidden, &m[DECODE_DOWN], rows, 1);
 }
 
 static int gpt2_decode(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n) {
-    (void)model, (void)cache, (void)logits, (void)tokens, (void)n;
-    return anellm_fail(ANELLM_UNSUPPORTED, "a GPT-2 cannot compute in this version");
+    const anellm_config *c = &model->config;
+    const int64_t dim = c->dim;
+    float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
+    float *x = cache->scratch.base, *scratch = x + ANELLM_DECODE_CHUNK * dim;
+    const struct anellm_matrix classifier = anellm_model_matrix(model, 0);
+    int64_t rows = 0;
+    for (int64_t done = 0; done < n; done += rows) {
+        const int64_t start = cache->length + done;
+        rows = n - done < ANELLM_DECODE_CHUNK ? n - done : ANELLM_DECODE_CHUNK;
+        ANELLM_TRY(anellm_matrix_rows(x, &classifier, tokens + done, rows)); /* as the classifier is stored */
+        ANELLM_TRY(anellm_bias_forward(x, rows * dim, x, rows * dim, params + tokens_size(c) + start * dim, 1,
+                                       rows * dim));
+        for (int64_t layer = 0; layer < c->n_layers; ++layer)
+            ANELLM_TRY(decode_layer(model, cache, x, scratch, layer, start, rows));
+    }
+    const float *last = x + (rows - 1) * dim;
+    const struct anellm_head_weights head = gpt2_head_weights(c, params);
+    ANELLM_TRY(anellm_layernorm_forward(scratch, dim, NULL, NULL, last, dim, head.norm, head.norm_bias, 1, dim,
+                                        c->norm_eps));
+    return anellm_matrix_multiply(logits, c->vocab_size, scratch, dim, &classifier, 1, 0);
 }
 
 const struct anellm_architecture anellm_arch_gpt2 = {.n_tensors = gpt2_n_tensors,
@@ -164,4 +216,6 @@ const struct anellm_architecture anellm_arch_gpt2 = {.n_tensors = gpt2_n_tensors
                                                      .backward = gpt2_backward,
                                                      .n_matrices = gpt2_n_matrices,
                                                      .matrix = gpt2_matrix,
-                                                     .decode = gpt2_decode};
+                                                     .decode = gpt2_decode,
+                                                     .layer_weights = gpt2_layer_weights,
+                                                     .head_weights = gpt2_head_weights};

@@ -110,7 +110,7 @@ static float llama_init_scale(const anellm_config *c, int64_t index) {
     return which == O_PROJ || which == DOWN ? 1.0f / sqrtf(2.0f * (float)c->n_layers) : 1.0f;
 }
 
-static struct anellm_layer_weights layer_weights(const anellm_config *c, float *base, int64_t layer) {
+static struct anellm_layer_weights llama_layer_weights(const anellm_config *c, float *base, int64_t layer) {
     float *p = base + embedding_size(c) + layer * layer_size(c);
     return (struct anellm_layer_weights){
         .attn_norm = p + layer_tensor_offset(c, ATTN_NORM),
@@ -124,9 +124,38 @@ static struct anellm_layer_weights layer_weights(const anellm_config *c, float *
     };
 }
 
-static struct anellm_head_weights head_weights(const anellm_config *c, float *base) {
+static struct anellm_head_weights llama_head_weights(const anellm_config *c, float *base) {
     float *norm = base + layers_end(c);
     return (struct anellm_head_weights){.norm = norm, .classifier = c->tie_embeddings ? base : norm + c->dim};
+}
+
+/* ---- the walk over the layers, up to where decoding starts: a GPT-2's as well (gpt2.c) --------------------------- */
+
+static struct anellm_layer_weights layer_weights(const anellm_config *c, float *base, int64_t layer) {
+    return anellm_arch_of(c)->layer_weights(c, base, layer);
+}
+
+static struct anellm_head_weights head_weights(const anellm_config *c, float *base) {
+    return anellm_arch_of(c)->head_weights(c, base);
+}
+
+/* A GPT-2's table of positions lies behind that of the tokens; each sequence is a row that all of it is added to. */
+static int embed(float *x, const anellm_model *model, const int32_t *tokens) {
+    const anellm_config *c = &model->config;
+    const float *table = anellm_model_section(model, ANELLM_SECTION_PARAMS);
+    const int64_t length = model->T * c->dim;
+    ANELLM_TRY(anellm_embedding_forward(x, table, tokens, model->B * model->T, c->dim, c->vocab_size));
+    if (c->arch != ANELLM_ARCH_GPT2) return ANELLM_OK;
+    return anellm_bias_forward(x, length, x, length, table + anellm_table_rows(c) * c->dim, model->B, length);
+}
+
+static int embed_backward(const anellm_model *model, const float *dx, const int32_t *tokens) {
+    const anellm_config *c = &model->config;
+    float *grads = anellm_model_section(model, ANELLM_SECTION_GRADS);
+    const int64_t length = model->T * c->dim;
+    ANELLM_TRY(anellm_embedding_backward(grads, dx, tokens, model->B * model->T, c->dim, c->vocab_size));
+    if (c->arch != ANELLM_ARCH_GPT2) return ANELLM_OK;
+    return anellm_bias_backward(grads + anellm_table_rows(c) * c->dim, dx, length, model->B, length);
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------ */
@@ -171,11 +200,16 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
                       const struct anellm_keep *keep) {
     const int training = keep->training, dtype = keep->dtype;
     const int64_t N = B * T, dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
+    const int64_t gate_up = anellm_gate_up_dim(c);
     memset(plan, 0, sizeof *plan);
     int64_t at = 0;
     struct anellm_layer_saved *s = &plan->layers;
     s->x = carve(base, &at, N * dim);
     s->attn_rstd = carve(base, &at, N);
+    if (c->arch == ANELLM_ARCH_GPT2) {
+        s->attn_mean = carve(base, &at, N);
+        s->mlp_mean = carve(base, &at, N);
+    }
     if (c->qk_norm) {
         s->qk_raw = carve(base, &at, N * (q + kv));
         s->qk_rstd = carve(base, &at, N * (c->n_heads + c->n_kv_heads));
@@ -188,9 +222,9 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     /* The largest of the taps, kept as small as the products' inputs are. A number is rounded once. */
     const int keep_bf16 = training && dtype == ANELLM_DTYPE_BF16;
     if (keep_bf16)
-        s->gate_up_bf16 = (uint16_t *)carve(base, &at, N * hidden);
+        s->gate_up_bf16 = (uint16_t *)carve(base, &at, (N * gate_up + 1) / 2);
     else
-        s->gate_up = carve(base, &at, N * 2 * hidden);
+        s->gate_up = carve(base, &at, N * gate_up);
     plan->n_x = N * dim;
     plan->n_slots = 1;
     plan->interval = c->n_layers;
@@ -210,6 +244,7 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     const int keep_all = N * row_bytes <= (dtype == ANELLM_DTYPE_BF16 ? LOGITS_KEPT_BF16_BYTES : LOGITS_KEPT_BYTES);
     head->x = plan->last_x;
     head->rstd = carve(base, &at, N);
+    if (c->arch == ANELLM_ARCH_GPT2) head->mean = carve(base, &at, N);
     head->h = carve(base, &at, N * dim);
     head->lse = carve(base, &at, N);
     head->chunk_rows = keep_all ? N : min64(N, max64(MIN_CHUNK_ROWS, LOGITS_CHUNK_BYTES / row_bytes));
@@ -220,7 +255,7 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     if (training) {
         plan->workspace.scratch_b = carve(base, &at, N * q);
         plan->dx = carve(base, &at, N * dim);
-        if (keep_bf16) plan->workspace.gate_up = carve(base, &at, N * 2 * hidden);
+        if (keep_bf16) plan->workspace.gate_up = carve(base, &at, N * gate_up);
     }
     plan->scratch_bytes = at - plan->kept_bytes;
 }
@@ -229,7 +264,7 @@ static struct anellm_layer_saved layer_saved(const struct plan *plan, int64_t la
     struct anellm_layer_saved s = plan->layers;
     const int64_t shift = layer % plan->interval % plan->n_slots * plan->slot_stride;
     float **const taps[] = {&s.x, &s.attn_rstd, &s.qk_raw, &s.qk_rstd, &s.qkv, &s.lse, &s.attn, &s.mid, &s.mlp_rstd,
-                            &s.gate_up};
+                            &s.gate_up,   &s.attn_mean, &s.mlp_mean};
     for (size_t i = 0; i < sizeof taps / sizeof taps[0]; ++i)
         if (*taps[i] != NULL) *taps[i] += shift;
     if (s.gate_up_bf16 != NULL) s.gate_up_bf16 += 2 * shift;
@@ -253,7 +288,8 @@ static struct anellm_step make_step(const anellm_model *model, const struct plan
                                 .B = model->B,
                                 .T = model->T,
                                 .rope_cos = cos_table,
-                                .rope_sin = cos_table + model->rope_len * (c->head_dim / 2),
+                                .rope_sin = cos_table == NULL ? NULL
+                                                              : cos_table + model->rope_len * (c->head_dim / 2),
                                 .workspace = &plan->workspace,
                                 .training = plan->dx != NULL,
                                 .dtype = model->dtype,
@@ -286,8 +322,10 @@ static int layer_forward(const anellm_model *model, struct anellm_step *step, co
 static int recompute(const anellm_model *model, struct anellm_step *step, const struct plan *plan, int64_t first,
                      int64_t last) {
     if (model->backend->finish != NULL) ANELLM_TRY(model->backend->finish(model->backend_state)); /* reads the slots */
+    step->again = 1;
     for (int64_t layer = first; layer <= last; ++layer)
         ANELLM_TRY(layer_forward(model, step, plan, layer, layer < last ? NULL : plan->last_x));
+    step->again = 0;
     return ANELLM_OK;
 }
 
@@ -301,8 +339,7 @@ static int llama_forward(anellm_model *model, float *losses, float *logits, cons
     make_plan(&plan, model->activations.base, c, model->B, model->T, &keep);
     struct anellm_step step = make_step(model, &plan);
 
-    float *x = layer_saved(&plan, 0).x;
-    ANELLM_TRY(anellm_embedding_forward(x, params, tokens, model->B * model->T, c->dim, c->vocab_size));
+    ANELLM_TRY(embed(layer_saved(&plan, 0).x, model, tokens));
     for (int64_t layer = 0; layer < c->n_layers; ++layer)
         ANELLM_TRY(layer_forward(model, &step, &plan, layer, layer + 1 < c->n_layers ? NULL : plan.last_x));
     struct anellm_head_weights head = head_weights(c, params);
@@ -321,15 +358,30 @@ static int llama_forward(anellm_model *model, float *losses, float *logits, cons
 
 /* Vector gradients are always added to, and so is the embedding's: they start from zero. Matrix gradients are
  * overwritten by the first matmul that reaches them. */
+static void zero(float *p, int64_t n) {
+    if (p != NULL) memset(p, 0, (size_t)n * sizeof *p);
+}
+
 static void zero_added_gradients(const anellm_config *c, float *grads) {
+    const int64_t dim = c->dim, vocab = c->vocab_size;
     for (int64_t layer = 0; layer < c->n_layers; ++layer) {
         const struct anellm_layer_weights dw = layer_weights(c, grads, layer);
-        memset(dw.attn_norm, 0, (size_t)c->dim * sizeof(float));
-        memset(dw.mlp_norm, 0, (size_t)c->dim * sizeof(float));
-        if (c->qk_norm) memset(dw.q_norm, 0, 2 * (size_t)c->head_dim * sizeof(float)); /* k_norm follows q_norm */
+        zero(dw.attn_norm, dim);
+        zero(dw.attn_norm_bias, dim);
+        zero(dw.qkv_bias, anellm_q_dim(c) + 2 * anellm_kv_dim(c));
+        zero(dw.q_norm, c->head_dim);
+        zero(dw.k_norm, c->head_dim);
+        zero(dw.wo_bias, dim);
+        zero(dw.mlp_norm, dim);
+        zero(dw.mlp_norm_bias, dim);
+        zero(dw.gate_up_bias, anellm_gate_up_dim(c));
+        zero(dw.down_bias, dim);
     }
-    memset(head_weights(c, grads).norm, 0, (size_t)c->dim * sizeof(float));
-    if (!c->tie_embeddings) memset(grads, 0, (size_t)embedding_size(c) * sizeof(float));
+    zero(head_weights(c, grads).norm, dim);
+    zero(head_weights(c, grads).norm_bias, dim);
+    if (!c->tie_embeddings) zero(grads, vocab * dim);
+    if (c->arch != ANELLM_ARCH_GPT2) return;
+    zero(grads + vocab * dim, (anellm_table_rows(c) - vocab + c->max_seq_len) * dim); /* padding, then positions */
 }
 
 static int llama_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
@@ -372,7 +424,7 @@ static int llama_backward(anellm_model *model, const int32_t *tokens, const int3
         ANELLM_TRY(backend->mlp_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
         ANELLM_TRY(backend->attention_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
     }
-    return anellm_embedding_backward(grads, plan.dx, tokens, model->B * model->T, c->dim, c->vocab_size);
+    return embed_backward(model, plan.dx, tokens);
 }
 
 /* ---- decoding with a cache ---------------------------------------------------------------------------------------- */
@@ -458,4 +510,6 @@ const struct anellm_architecture anellm_arch_llama = {.n_tensors = llama_n_tenso
                                               .backward = llama_backward,
                                               .n_matrices = llama_n_matrices,
                                               .matrix = llama_matrix,
-                                              .decode = llama_decode};
+                                              .decode = llama_decode,
+                                              .layer_weights = llama_layer_weights,
+                                              .head_weights = llama_head_weights};

@@ -79,6 +79,9 @@ struct anellm_architecture {
     int64_t (*n_matrices)(const anellm_config *config);
     void (*matrix)(struct anellm_matrix_info *info, const anellm_config *config, int64_t index);
     int (*decode)(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n);
+    /* Where the blocks' weights, or their gradients, lie in a section that starts at `base`. */
+    struct anellm_layer_weights (*layer_weights)(const anellm_config *config, float *base, int64_t layer);
+    struct anellm_head_weights (*head_weights)(const anellm_config *config, float *base);
 };
 extern const struct anellm_architecture anellm_arch_llama, anellm_arch_gpt2;
 const struct anellm_architecture *anellm_arch_of(const anellm_config *config);

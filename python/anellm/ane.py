@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,16 @@ import numpy as np
 
 from anellm._ffi import Handle, check, ffi, lib, ptr, text
 from anellm.ane_device import Engine
-from anellm.device import AneOptions, device_library, no_ane_platform, resolve_device
-from anellm.errors import InvalidError, UnavailableError
+from anellm.device import QOS, AneOptions, device_library, no_ane_platform, resolve_device
+from anellm.errors import FallbackWarning, InvalidError, UnavailableError, UnsupportedError
 from anellm.sim_chips import Chip, load_chip
 from anellm.sim_device import Simulator
+
+
+def share(ane_flops: float, cpu_flops: float) -> float | None:
+    """Return the part of operations that were the engine's, 0 to 1; None when there were none."""
+    total = ane_flops + cpu_flops
+    return ane_flops / total if total > 0 else None
 
 
 class AneStats(NamedTuple):
@@ -26,8 +33,11 @@ class AneStats(NamedTuple):
         surface_bytes: memory of all surfaces.
         ane_flops: operations of matrix products on the engine in the last forward and backward; a multiply-add is 2.
         cpu_flops: the same on the CPU.
+        total_ane_flops: operations on the engine in all forwards and backwards since then.
+        total_cpu_flops: the same on the CPU.
         max_activation: largest magnitude in the residual stream in the last forward.
         max_activation_layer: the layer that has it.
+        n_refusals: programs that the engine refused, since then.
     """
 
     programs: int
@@ -37,14 +47,71 @@ class AneStats(NamedTuple):
     surface_bytes: int
     ane_flops: float
     cpu_flops: float
+    total_ane_flops: float
+    total_cpu_flops: float
     max_activation: float
     max_activation_layer: int
+    n_refusals: int
 
     @property
     def flops_share(self) -> float | None:
-        """Return the part of the operations that were the engine's, 0 to 1; None before the first pass."""
-        total = self.ane_flops + self.cpu_flops
-        return self.ane_flops / total if total > 0 else None
+        """Return the part of the last pass's operations that were the engine's, 0 to 1; None before the first."""
+        return share(self.ane_flops, self.cpu_flops)
+
+
+class Refusal(NamedTuple):
+    """A program that an engine refused to compile or load: the CPU computes its part of the blocks, in all layers.
+
+    Attributes:
+        program: its name.
+        part: "attention forward and backward", "attention backward", "mlp forward" or "mlp backward".
+        batch_size: sequences (B) of the shape that it was refused for; larger ones are not tried either.
+        seq_len: tokens (T) of it.
+        domain, code, text: the error as the system reports it; "", 0, "" where it does not.
+        message: all of it in a line.
+    """
+
+    program: str
+    part: str
+    batch_size: int
+    seq_len: int
+    domain: str
+    code: int
+    text: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"the Neural Engine refused {self.message}; the CPU computes {self.part} in all layers"
+
+
+class AneQos(NamedTuple):
+    """The quality of service that calls of programs to come ask macOS for.
+
+    Attributes:
+        value: a number of macOS' qos_class_t.
+        measured: it was chosen by measurement, in this process.
+        us: class -> median time of a small evaluation, of those that were measured, in microseconds.
+    """
+
+    value: int
+    measured: bool
+    us: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the class, or the number in words where it has none."""
+        return next((name for name in QOS[1:] if qos_value(name) == self.value), str(self.value))
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        times = ", ".join(f"{name} {us:.0f} us" for name, us in self.us.items())
+        how = f", measured: {times or 'nothing, all failed'}" if self.measured else ""
+        return f"{self.name} ({self.value}){how}"
+
+
+def qos_value(name: str) -> int:
+    """Return the number of a class of QOS."""
+    return int(getattr(lib, f"ANELLM_ANE_QOS_{name.upper().replace('-', '_')}"))
 
 
 class AneDevice(Engine):
@@ -85,6 +152,8 @@ class AneDevice(Engine):
         check(lib.anellm_ane_open(out, (library or "ane").encode(), limits.c_profile(), ffi.NULL))
         self.min_surface_bytes = int(limits.constants["min_surface_bytes"])
         self._handle = Handle(out[0], lib.anellm_ane_close, "device")
+        if options.qos != "auto":
+            check(lib.anellm_ane_set_qos(self.pointer, qos_value(options.qos)))
 
     @property
     def pointer(self) -> Any:
@@ -100,15 +169,29 @@ class AneDevice(Engine):
             name: int(getattr(info, name)) for name in ("n_engines", "n_cores")
         }
 
+    def qos(self) -> AneQos | None:
+        """Return the quality of service in force, which is measured now if it is to be; None without such a thing."""
+        found = ffi.new("anellm_ane_qos *")
+        try:
+            check(lib.anellm_ane_get_qos(self.pointer, found))
+        except UnsupportedError:
+            return None
+        names = {qos_value(name): name for name in QOS[1:]}
+        times = zip(found.values, found.us, strict=True)
+        return AneQos(int(found.value), bool(found.measured), {names[q]: float(us) for q, us in times if us > 0})
+
     def describe(self) -> dict[str, Any]:
         """Return its name and settings, for metrics.jsonl and the manifest."""
         simulated = self.chip is not None
+        qos = self.qos()
         return {
             "device": self.name,
             "chip": self.chip.name if self.chip is not None else None,
             "numerics": self.options.numerics if simulated else None,
             "ane_scaling": "on" if self.options.scaling else "off",
             "ane_softmax": self.options.softmax,
+            "ane_fallback": self.options.fallback,
+            **({} if qos is None else {"ane_qos": qos.name, "ane_qos_measured": qos.measured}),
         }
 
     def __str__(self) -> str:
@@ -124,6 +207,7 @@ def c_options(options: AneOptions) -> Any:
     c.scaling = int(options.scaling)
     c.softmax_cpu = int(options.softmax == "cpu")
     c.async_dw = 1
+    c.fallback = int(options.fallback == "cpu")
     return c
 
 
@@ -132,6 +216,7 @@ class ModelEngine:
 
     Attributes:
         device: the device.
+        refusals: programs that it refused so far, whose part the CPU computes.
     """
 
     def __init__(self, model: Handle, n_layers: int, device: AneDevice) -> None:
@@ -149,6 +234,7 @@ class ModelEngine:
         self.device, self._model, self._n_layers = device, model, n_layers
         check(lib.anellm_model_attach_ane(model.pointer, device.pointer, c_options(device.options)))
         model.kept = device
+        self.refusals: list[Refusal] = []
 
     def detach(self) -> None:
         """Let the model compute on the CPU again."""
@@ -160,6 +246,22 @@ class ModelEngine:
         stats = ffi.new("anellm_ane_stats *")
         check(lib.anellm_model_ane_stats(self._model.pointer, stats))
         return AneStats(*(getattr(stats, name) for name in AneStats._fields))
+
+    def note_refusals(self) -> None:
+        """Take note of what was refused in the last forward, and warn of each program once."""
+        n = self.stats().n_refusals
+        found = ffi.new("anellm_ane_refusal *")
+        for index in range(len(self.refusals), n):
+            check(lib.anellm_model_ane_refusal(self._model.pointer, index, found))
+            error, message = found.error, " ".join(text(found.message).split())
+            refusal = Refusal(
+                text(found.program), text(found.part), int(found.B), int(found.T),
+                text(error.domain), int(error.code), text(error.text), message,
+            )  # fmt: skip
+            first = all(refusal.program != known.program for known in self.refusals)
+            self.refusals.append(refusal)
+            if first:
+                warnings.warn(str(refusal), FallbackWarning, stacklevel=4)
 
     def activations(self) -> list[float]:
         """Return the largest magnitude in the residual stream behind each layer, in the last forward."""

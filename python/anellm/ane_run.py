@@ -6,14 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from anellm import checkpoint, safeio, saferead
+from anellm.ane import ModelEngine, share
 from anellm.errors import CheckpointError, InvalidError
 from anellm.loss_scaler import LossScaler
-
-if TYPE_CHECKING:
-    from anellm.ane import ModelEngine
 
 STATE = "ane.json"  # in a checkpoint of a run on an ANE device
 _KEYS = {"scaler", "ane_softmax", "exponents"}
@@ -47,12 +45,23 @@ def count_skips(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(Counter(where(record) for record in records if record.get("kind") == "skip").most_common())
 
 
+def fallbacks(engine: ModelEngine) -> list[dict[str, Any]]:
+    """Return the programs that the engine refused, for records and summaries."""
+    return [refusal._asdict() for refusal in engine.refusals]
+
+
+def _flops(ane: float, cpu: float) -> dict[str, float | None]:
+    """Return what a summary says about operations of matrix products, forward and backward."""
+    return {"ane_flops": ane, "cpu_flops": cpu, "ane_flops_share": share(ane, cpu)}
+
+
 def evaluation_summary(engine: ModelEngine) -> dict[str, Any]:
     """Return what the result of an evaluation says about the engine."""
-    device = engine.device
+    device, stats = engine.device, engine.stats()
     return {
         **device.describe(),
-        "ane_flops_share": engine.stats().flops_share,
+        **_flops(stats.total_ane_flops, stats.total_cpu_flops),
+        "fallbacks": fallbacks(engine),
         "modelled_ms": None if device.simulator is None else device.counters()["modelled_ms"],
     }
 
@@ -62,6 +71,9 @@ def describe_engine(summary: Mapping[str, Any]) -> str:
     share = summary["ane_flops_share"]
     name = " ".join(filter(None, (summary["device"], summary["chip"])))
     parts = [] if share is None else [f"{share:.1%} of the FLOPs on the Neural Engine, {1 - share:.1%} on the CPU"]
+    if summary["fallbacks"]:
+        refused = {f"{each['part']} (for {each['program']} is refused)": None for each in summary["fallbacks"]}
+        parts.append(f"on the CPU for want of a program: {', '.join(refused)}")
     for key, what in (("modelled_ms_per_step", "ms a step"), ("modelled_ms", "ms")):
         if summary.get(key) is not None:
             parts.append(f"the chip would take {summary[key]:.1f} {what}, by the model of its times")
@@ -83,7 +95,8 @@ class EngineRun:
         self._before: tuple[int, int, float] = (0, 0, 0.0)
         self._modelled_ms = 0.0
         self._steps = 0
-        self._share: float | None = None
+        self._n_told = 0
+        self._flops_before = self._total_flops()
 
     @property
     def scale(self) -> float:
@@ -102,6 +115,13 @@ class EngineRun:
             return 0, 0, 0.0
         stats = self.engine.stats()
         return stats.rescales, stats.retries, self.engine.device.counters()["modelled_ms"]
+
+    def _total_flops(self) -> tuple[float, float]:
+        """Return the operations so far, on the engine and on the CPU."""
+        if self.engine is None:
+            return 0.0, 0.0
+        stats = self.engine.stats()
+        return stats.total_ane_flops, stats.total_cpu_flops
 
     def begin_step(self) -> None:
         """Remember where the counters stand."""
@@ -124,16 +144,25 @@ class EngineRun:
         if self._steps == 2:
             self._modelled_ms = 0.0  # the first compiles
         self._modelled_ms += modelled_ms
-        self._share = stats.flops_share
         values: dict[str, Any] = {
             "loss_scale": self.scale,
             "skipped": skipped,
             "rescales": rescales,
             "retries": retries,
-            "ane_flops_share": self._share,
+            "ane_flops_share": stats.flops_share,
             "modelled_ms": modelled_ms if self.engine.device.simulator is not None else None,
         }
         return values | (self.activations() if activations else {})
+
+    def fallbacks(self) -> list[dict[str, Any]]:
+        """Return the programs that were refused, for records and summaries."""
+        return [] if self.engine is None else fallbacks(self.engine)
+
+    def new_fallbacks(self) -> list[dict[str, Any]]:
+        """Return the programs that were refused since the last call."""
+        found = self.fallbacks()[self._n_told :]
+        self._n_told += len(found)
+        return found
 
     def activations(self) -> dict[str, Any]:
         """Return the largest activations of the last forward, by layer, for a record."""
@@ -148,12 +177,22 @@ class EngineRun:
         if self.engine is None:
             return {}
         timed = self.engine.device.simulator is not None and self._steps > 0
+        ane, cpu = (now - before for now, before in zip(self._total_flops(), self._flops_before, strict=True))
         return {
             **self.describe(),
-            "ane_flops_share": self._share,
+            **_flops(ane, cpu),
+            "fallbacks": self.fallbacks(),
             "modelled_ms_per_step": self._modelled_ms / max(1, self._steps - 1) if timed else None,
             "loss_scale": self.scale,
+            **self._compiles(),
         }
+
+    def _compiles(self) -> dict[str, int]:
+        """Return how many programs a real engine compiled, and how many macOS had from before."""
+        if self.engine is None or self.engine.device.simulator is not None:
+            return {}
+        counters = self.engine.device.counters()
+        return {"compiles": int(counters["compiles"]), "cache_hits": int(counters["cache_hits"])}
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

@@ -57,9 +57,11 @@ _LEAST: Final = ModelConfig(
     dim=32, hidden_dim=32, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=32, vocab_size=32, max_seq_len=32
 )
 _STORIES110M: Final = ModelConfig.from_preset("stories110m")
+# A small model with padding, grouped queries and q/k-norm.
+SMALL: Final = Batch(ModelConfig.from_preset("tiny", n_kv_heads=2, qk_norm=True), 2, 40)
 SIZES: Final = (
     Size("least", Batch(_LEAST, 1, 32), ("wo_fwd",)),  # for the dispatch
-    Size("small", Batch(ModelConfig.from_preset("tiny", n_kv_heads=2, qk_norm=True), 2, 40)),
+    Size("small", SMALL),
     Size("few rows", Batch(_STORIES110M, 1, 32), ("wo_bwd", "ffn_bwd_w2")),  # moving takes longer than computing
     Size("stories110m", Batch(_STORIES110M, 1, 256)),
     Size("many rows", Batch(_STORIES110M, 4, 256), ("wo_bwd",)),  # the other way round
@@ -103,6 +105,7 @@ class Tested:
         domain, code, text: the error as the system reports it.
         compile_ms, load_ms, first_ms, evaluate_ms, unload_ms: times; first_ms is that of the first evaluation,
             evaluate_ms the median of more.
+        cached: it was not compiled, because macOS had it.
         flops: of an evaluation.
         operand_bytes: of the input's fields.
         outputs: what came out.
@@ -121,6 +124,7 @@ class Tested:
     first_ms: float | None = None
     evaluate_ms: float | None = None
     unload_ms: float | None = None
+    cached: bool = False
     flops: float = 0.0
     operand_bytes: int = 0
     outputs: list[Output] = field(default_factory=list)
@@ -216,9 +220,11 @@ def _try(device: AneDevice, program: AneProgram, plane: np.ndarray, row: Tested,
     clock, compiled = _Clock(device), None
     try:
         row.stage = "compile"
+        hits = device.counters()["cache_hits"]
         start = clock.now()
         compiled = device.compile(program.mil, program.files, load=False)
         row.compile_ms = clock.now() - start
+        row.cached = device.counters()["cache_hits"] > hits
         row.stage = "load"
         start = clock.now()
         compiled.load()
@@ -243,13 +249,13 @@ def _try(device: AneDevice, program: AneProgram, plane: np.ndarray, row: Tested,
 
 
 def check_program(
-    device: AneDevice, chip: Chip, program: AneProgram, size: Size, values: Arrays, repeats: int
+    device: AneDevice, chip: Chip | None, program: AneProgram, size: Size, values: Arrays, repeats: int
 ) -> Tested:
     """Return what becomes of a program.
 
     Args:
         device: what is tested.
-        chip: what is simulated beside it, unless the device is a simulator itself.
+        chip: what is simulated beside it, unless the device is a simulator itself; None: nothing.
         program: the program.
         size: its shape.
         values: the input fields.
@@ -261,7 +267,8 @@ def check_program(
     output = _try(device, program, plane, row, repeats)
     if output is None:
         return row
-    simulated = _simulated(chip, program, plane, size.batch) if device.simulator is None else None
+    real = device.simulator is None
+    simulated = _simulated(chip, program, plane, size.batch) if real and chip is not None else None
     expected = program_outputs(program, values, size.batch)
     row.outputs = _compare(unpack(program, output, size.batch), expected, simulated)
     row.state = "ok" if all(output.ok for output in row.outputs) else "wrong"
@@ -301,7 +308,8 @@ def measure(rows: Sequence[Tested]) -> dict[str, float]:
     dispatch, so the engine may be faster.
     """
     rows = [row for row in rows if row.state == "ok"]
-    found = {name: _median([getattr(row, name) for row in rows]) for name in ("compile_ms", "load_ms", "unload_ms")}
+    found = {name: _median([getattr(row, name) for row in rows]) for name in ("load_ms", "unload_ms")}
+    found["compile_ms"] = _median([row.compile_ms for row in rows if not row.cached])
     times = [(row, row.evaluate_ms) for row in rows if row.evaluate_ms is not None]
     if times:
         dispatch = min(ms for _, ms in times)
@@ -385,12 +393,17 @@ def selftest(device: AneDevice, sizes: Sequence[Size], repeats: int = _REPEATS) 
             _show(rows[-1])
     values_found = measure(rows) | _compile_again(device, sizes, rows)
     chip = measured_chip(base, str(information["architecture"]), where, values_found)
+    if (qos := device.qos()) is not None:
+        print(f"quality of service: {qos}")
     print("measured: " + (", ".join(f"{k} {v:.4g}" for k, v in sorted(values_found.items())) or "nothing"))
     states = [row.state for row in rows]
+    if cached := sum(row.cached for row in rows):
+        print(f"{cached} were not compiled: macOS had them from before; ANELLM_ANE_CACHE=off compiles them")
     print(f"{len(rows)} programs: " + ", ".join(f"{states.count(s)} {s}" for s in ("ok", "wrong", "refused")))
     report = {
         "device": device.name,
         "information": information,
+        "qos": None if qos is None else qos._asdict(),
         "nearest_chip": base.name,
         "modelled_times": modelled,
         "max_error": MAX_ERROR,

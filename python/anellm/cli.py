@@ -24,15 +24,17 @@ Exit codes: 0 done, 1 a bug or another failure, 2 usage, 3 diverged, 4 bad data 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from anellm.device import environment_threads
-from anellm.errors import AnellmError, ConfigError
+from anellm.errors import AnellmError, ConfigError, FallbackWarning
 from anellm.options import MANY_CHOICES, OptionField, convert_text, describe, from_mapping, nearest, option_fields
 from anellm.saferead import read_toml
 
@@ -212,8 +214,30 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
     safeio.write_bytes(Path(path), safeio.json_bytes(values))
 
 
+@contextlib.contextmanager
+def _plain_warnings(prog: str) -> Iterator[None]:
+    """Let a fallback be one line on stderr that every user can read; other warnings stay as they are."""
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, FallbackWarning):
+                print(f"{prog}: warning: {message}", file=sys.stderr, flush=True)
+            else:
+                before(message, category, *where, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", FallbackWarning)
+        yield
+
+
 def guarded(prog: str, body: Callable[[], int]) -> int:
     """Call ``body`` and return its exit code, or turn what it raises into one line on stderr and an exit code."""
+    with _plain_warnings(prog):
+        return _guarded(prog, body)
+
+
+def _guarded(prog: str, body: Callable[[], int]) -> int:
     try:
         code = body()
         sys.stdout.flush()

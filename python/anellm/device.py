@@ -17,6 +17,8 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)  # what matrix products can multiply
 MAX_THREADS = 256
 NUMERICS = ("exact", "fast")
 SOFTMAX = ("ane", "cpu")
+FALLBACK = ("cpu", "error")
+QOS = ("auto", "background", "utility", "default", "user-initiated", "user-interactive")  # enum anellm_ane_qos_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,10 @@ class AneOptions:
         scaling: scale gradients by powers of two, so that the engine's sums neither lose nor overflow them, and the
             loss as well (see anellm.loss_scaler). Without it training stalls: it is there to show that.
         softmax: where attention's softmax and its causal mask are computed: "ane" or "cpu".
+        fallback: what to do when a program is refused: "cpu" lets the CPU compute its part of the blocks, with a
+            FallbackWarning; "error" raises a CompileError.
+        qos: quality of service that a real engine's calls ask macOS for, one of QOS; "auto": ANELLM_ANE_QOS, else the
+            fastest by measurement, on first use.
 
     Raises:
         InvalidError: naming the field, what was expected and what was found.
@@ -39,11 +45,14 @@ class AneOptions:
     numerics: str = "fast"
     scaling: bool = True
     softmax: str = "ane"
+    fallback: str = "cpu"
+    qos: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.chip, str) or not self.chip or "\0" in self.chip:
             raise InvalidError(f"chip: expected a name or the path of a .json file, found {self.chip!r}")
-        for name, known in (("numerics", NUMERICS), ("softmax", SOFTMAX)):
+        choices = {"numerics": NUMERICS, "softmax": SOFTMAX, "fallback": FALLBACK, "qos": QOS}
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise InvalidError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
@@ -74,12 +83,18 @@ def why_no_ane() -> str | None:
 
 
 def device_library() -> str | None:
-    """Return the path of a library that is the device ``ane``: ANELLM_ANE_DEVICE names it; None: the built-in one is.
+    """Return the path of a library that is the device ``ane``; None: the built-in one is.
 
-    Such a library exports ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
+    ANELLM_ANE_DEVICE names it. Where there is no built-in one, ``libane_device.so`` beside the framework that
+    ANELLM_ANE_FRAMEWORK names will do: tests/apple/build.sh leaves both in a folder. Such a library exports
+    ``anellm_ane_device_open`` (csrc/backend/ane/device.h).
     """
     path = os.environ.get("ANELLM_ANE_DEVICE", "").strip()
-    return os.path.abspath(path) if path else None
+    if path:
+        return os.path.abspath(path)
+    framework = os.environ.get("ANELLM_ANE_FRAMEWORK", "").strip()
+    beside = os.path.join(os.path.dirname(os.path.abspath(framework)), "libane_device.so")
+    return beside if framework and no_ane_platform() is not None and os.path.isfile(beside) else None
 
 
 def named_device(name: str) -> str:
@@ -97,6 +112,8 @@ def named_device(name: str) -> str:
 
 def resolve_device(name: str) -> str:
     """Return the device that a name stands for: "auto" takes ANELLM_DEVICE, and else the CPU.
+
+    The verbs ``train`` and ``evaluate`` ask anellm.ane_auto before: making a model starts no self-test.
 
     Raises:
         InvalidError: when there is no device of that name.

@@ -62,6 +62,10 @@ class CompileError(DeviceError):
     """A device refused to compile a program."""
 
 
+class FallbackWarning(UserWarning):
+    """A Neural Engine refused a program: the CPU computes its part."""
+
+
 class EvalError(DeviceError):
     """A device failed to evaluate a program."""
 

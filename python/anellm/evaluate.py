@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from anellm import ane_auto
 from anellm.ane_run import describe_engine, evaluation_summary
 from anellm.cli import Result, Verb
 from anellm.data import TokenDataset
@@ -76,9 +77,11 @@ def run(config: EvaluateConfig) -> Result:
         raise ConfigError(f"--seq-len: expected at most the model's max_seq_len {longest}, found {seq_len}")
     tokenizer = load_tokenizer(config.model, shape, config.tokenizer)
     data = TokenDataset.from_file(config.data, config.token_dtype, shape.vocab_size, tokenizer, "val")
-    ane = config.ane_options()
+    say = lambda line: print(f"auto  {line}", file=sys.stderr, flush=True)  # noqa: E731
+    settled = ane_auto.settle(config, shape, config.batch_size, seq_len, training=False, say=say)
+    ane = settled.ane_options()
     check_fits(memory(shape, config.batch_size, seq_len, training=False, ane=ane))
-    model = Model.from_pretrained(config.model, device=config.device, ane=ane)
+    model = Model.from_pretrained(config.model, device=settled.device, ane=ane)
     show = _show(data.n_eval_windows(seq_len, config.max_windows or None))
     found = measure(model, data, config.batch_size, seq_len, config.max_windows, show)
     values = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from anellm import ane_auto
 from anellm._ffi import lib, text
 from anellm.cli import Result, Verb
 from anellm.device import AneOptions, named_device, resolve_device, set_threads, why_no_ane
@@ -50,6 +52,18 @@ def _total_bytes() -> int | None:
         return None
 
 
+def _power() -> dict[str, Any]:
+    """Return what counts energy here, and the thermal state: null where nothing does or it is not known."""
+    from anellm.power import open_source
+
+    source = open_source()
+    if source is None:
+        return {"source": None, "thermal_state": None}
+    with contextlib.closing(source):
+        reading = source.read()
+    return {"source": reading.source or None, "thermal_state": reading.thermal_state}
+
+
 def _names(value: str) -> list[str]:
     return [name for name in value.split(",") if name]
 
@@ -61,11 +75,15 @@ def collect(threads: int, device: str = "auto") -> dict[str, Any]:
         threads: size of the thread pool.
         device: what is asked for, by a flag or the environment.
     """
+    auto = ane_auto.choose(test=False)
+    asked = device != "auto" or bool(os.environ.get("ANELLM_DEVICE", "").strip())
     return {
         "anellm": text(lib.anellm_version()),
-        "device": named_device(device),
+        "device": named_device(device) if asked else auto.device,
         # The reason why not, or null where it can be used.
         "devices": {"cpu": None, "ane": why_no_ane(), "ane-sim": None},
+        # What --device auto takes, by what is known; nothing is tested here.
+        "auto": auto._asdict(),
         "cpu_variant": text(lib.anellm_cpu_variant()),
         "cpu_variants": _names(text(lib.anellm_cpu_variants())),
         "cpu_features": _names(text(lib.anellm_cpu_features())),
@@ -73,6 +91,7 @@ def collect(threads: int, device: str = "auto") -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": _total_bytes(),
         "memory_available_bytes": available_bytes(),
+        "power": _power(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "system": platform.system(),
@@ -82,6 +101,11 @@ def collect(threads: int, device: str = "auto") -> dict[str, Any]:
             k: v for k, v in sorted(os.environ.items()) if k.startswith("ANELLM_") or k == "OMP_NUM_THREADS"
         },
     }
+
+
+def _energy_line(power: dict[str, Any]) -> str:
+    counted = "not counted" if power["source"] is None else f"counted by {power['source']}"
+    return counted if power["thermal_state"] is None else f"{counted}; thermal state {power['thermal_state']}"
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -95,10 +119,12 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("anellm", found["anellm"]),
         ("device", found["device"]),
         ("ane", "not available: " + why if (why := found["devices"]["ane"]) else "available"),
+        ("auto", f"{found['auto']['device']}: {found['auto']['why']}"),
         ("cpu variant", f"{found['cpu_variant']} (of {', '.join(found['cpu_variants'])})"),
         ("cpu features", ", ".join(found["cpu_features"]) or "none that anellm uses"),
         ("threads", f"{found['threads']} (of {found['cpus']} CPUs)"),
         ("memory", f"{total}, available {free}"),
+        ("energy", _energy_line(found["power"])),
         ("python", f"{found['python']} ({sys.implementation.name})"),
         ("packages", packages),
         ("platform", found["platform"]),
@@ -121,6 +147,8 @@ def _selftest(config: InfoConfig, found: dict[str, Any]) -> Result:
     options = AneOptions() if config.chip is None else AneOptions(chip=config.chip)
     rows, values = ane_selftest.selftest(ane.AneDevice(device, options), ane_selftest.SIZES)
     values["selftest"]["info"] = found
+    if device == "ane":
+        ane_auto.keep(ane_auto.identity(), ane_auto.judge(rows))
     if config.json:
         print(f"{config.json}: a chip for the simulator: anellm sim cost --preset stories110m --chip {config.json}")
     return Result(values, 0 if all(row.state == "ok" for row in rows) else DeviceError.exit_code)

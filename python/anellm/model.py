@@ -535,20 +535,24 @@ class Model:
         logits: FloatArray | None = None,
     ) -> None:
         B, T = _batch_shape(tokens)
-        check(
-            lib.anellm_model_forward(
-                self._pointer,
-                loss,
-                ffi.NULL,
-                ptr(losses, np.float32, (B, T), write=True, name="losses"),
-                ptr(logits, np.float32, (B, T, self.config.vocab_size), write=True, name="logits"),
-                ptr(tokens, np.int32, (B, T), name="tokens"),
-                ptr(targets, np.int32, (B, T), name="targets"),
-                B,
-                T,
-                int(training),
+        try:
+            check(
+                lib.anellm_model_forward(
+                    self._pointer,
+                    loss,
+                    ffi.NULL,
+                    ptr(losses, np.float32, (B, T), write=True, name="losses"),
+                    ptr(logits, np.float32, (B, T, self.config.vocab_size), write=True, name="logits"),
+                    ptr(tokens, np.int32, (B, T), name="tokens"),
+                    ptr(targets, np.int32, (B, T), name="targets"),
+                    B,
+                    T,
+                    int(training),
+                )
             )
-        )
+        finally:
+            if self.ane is not None:
+                self.ane.note_refusals()
 
     def backward(self, scale: float = 1.0, *, accumulate: bool = False) -> None:
         """Compute the gradients of scale * loss of the last training forward().

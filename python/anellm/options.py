@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from anellm.device import DEVICES, MAX_THREADS, NUMERICS, SOFTMAX, AneOptions, named_device
+from anellm.device import DEVICES, FALLBACK, MAX_THREADS, NUMERICS, QOS, SOFTMAX, AneOptions, named_device
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -286,7 +286,13 @@ def describe(item: OptionField) -> str:
 class CommonOptions:
     """The options that every verb with a model has; a verb's config dataclass inherits them."""
 
-    device: str = option("auto", "what computes; environment: ANELLM_DEVICE", choices=DEVICES, group="machine")
+    device: str = option(
+        "auto",
+        "what computes; auto: in train and evaluate the Neural Engine once its self-test has passed, else the CPU; "
+        "environment: ANELLM_DEVICE",
+        choices=DEVICES,
+        group="machine",
+    )
     threads: int = option(
         0,
         "CPU threads; 0: all this process may use; environment: ANELLM_THREADS, else OMP_NUM_THREADS",
@@ -303,6 +309,8 @@ _DEVICE_OPTIONS = {
     "numerics": ("ane-sim",),
     "ane_scaling": ("ane", "ane-sim"),
     "ane_softmax": ("ane", "ane-sim"),
+    "ane_fallback": ("ane", "ane-sim"),
+    "ane_qos": ("ane",),
 }
 
 
@@ -332,6 +340,19 @@ class DeviceOptions(CommonOptions):
     ane_softmax: str | None = option(
         None, "where ANE devices have attention's softmax computed [ane]", choices=SOFTMAX, group="machine"
     )
+    ane_fallback: str | None = option(
+        None,
+        "when an ANE device refuses a program: the CPU computes its part of the blocks, or an error [cpu]",
+        choices=FALLBACK,
+        group="machine",
+    )
+    ane_qos: str | None = option(
+        None,
+        "quality of service of a real engine's calls; auto measures which is fastest; environment: ANELLM_ANE_QOS "
+        "[auto]",
+        choices=QOS,
+        group="machine",
+    )
 
     def __post_init__(self) -> None:
         device = named_device(self.device)
@@ -346,7 +367,14 @@ class DeviceOptions(CommonOptions):
     def _given(self) -> dict[str, Any]:
         """Return the fields of AneOptions that are given."""
         scaling = None if self.ane_scaling is None else self.ane_scaling == "on"
-        fields = {"chip": self.chip, "numerics": self.numerics, "scaling": scaling, "softmax": self.ane_softmax}
+        fields = {
+            "chip": self.chip,
+            "numerics": self.numerics,
+            "scaling": scaling,
+            "softmax": self.ane_softmax,
+            "fallback": self.ane_fallback,
+            "qos": self.ane_qos,
+        }
         return {name: value for name, value in fields.items() if value is not None}
 
     def ane_options(self) -> AneOptions | None:
@@ -372,6 +400,8 @@ class DeviceOptions(CommonOptions):
             "numerics": options.numerics,
             "ane_scaling": "on" if options.scaling else "off",
             "ane_softmax": options.softmax,
+            "ane_fallback": options.fallback,
+            "ane_qos": options.qos,
         }
         values |= dict.fromkeys(unused_device_options(device))
         return dataclasses.replace(self, device=device, **values)

@@ -60,6 +60,7 @@ class RunDirectory:
         safeio.make_directory(self.path)
         self._lock = safeio.Lock(self.path / LOCK, f"run {self.path}")
         self._metrics: metrics.MetricsWriter | None = None
+        self._manifest: dict[str, Any] = {}
         self.last_saved: int | None = None
         try:
             safeio.sweep(self.path)
@@ -159,8 +160,8 @@ class RunDirectory:
         )
         with self._writing(CONFIG):
             safeio.write_bytes(self.path / CONFIG, text.encode())
-        with self._writing(MANIFEST):
-            safeio.write_bytes(self.path / MANIFEST, safeio.json_bytes({**describe_machine(), **manifest}))
+        self._manifest = {**describe_machine(), **manifest}
+        self.amend_manifest({})
         with self._writing("the tokenizer"):
             for name, content in (tokenizer or {}).items():
                 safeio.write_bytes(self.path / name, content)
@@ -169,6 +170,16 @@ class RunDirectory:
             self._metrics = metrics.MetricsWriter(self.path)
         if self.resumed is not None and self.resumed.path == checkpoint.step_dir(self.path, self.resumed.step):
             self.last_saved = self.resumed.step
+
+    def amend_manifest(self, values: Mapping[str, Any]) -> None:
+        """Write manifest.json again, with more in it; after begin().
+
+        Raises:
+            CheckpointError: when the system refuses; says which checkpoint is still there.
+        """
+        self._manifest |= values
+        with self._writing(MANIFEST):
+            safeio.write_bytes(self.path / MANIFEST, safeio.json_bytes(self._manifest))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl.

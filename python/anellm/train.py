@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anellm import curve, inputs, metrics, rundir
+from anellm import ane_auto, curve, inputs, metrics, rundir
 from anellm.ane import check_usable
 from anellm.ane_run import count_skips, describe_engine
 from anellm.cli import EXIT_INTERRUPTED, Result, Verb
@@ -20,8 +20,9 @@ from anellm.machine import human_bytes, human_count
 from anellm.measure import perplexity
 from anellm.model import Model
 from anellm.options import unused_device_options
+from anellm.power import describe_energy
 from anellm.progress import Progress, duration
-from anellm.trainer import Trainer, TrainResult
+from anellm.trainer import Trainer, TrainResult, default_seq_len
 
 
 def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def run(config: TrainConfig) -> Result:
     if config.dry_run:
         resumed = None if config.resume is None else rundir.resume_path(config.resume, config.out)
         shape = inputs.model_config(config, inputs.load_tokenizer(config, resumed), resumed)
+        config = _settle(config, shape, resumed, test=False)
         _, report = inputs.forecast(config, shape)
         inputs.print_forecast(report)
         return Result(report)
@@ -74,12 +76,26 @@ def run(config: TrainConfig) -> Result:
         return _run(config, threads, name, directory)
 
 
+def _settle(config: TrainConfig, shape: ModelConfig, resumed: Path | None, *, test: bool) -> TrainConfig:
+    """Return a config whose device is "ane" where "auto" stands for that.
+
+    A run that goes on stays where it is: one on an engine has its name in its options.
+    """
+    stay = "the run that goes on began there" if resumed is not None else None
+    if config.dtype != "fp32":
+        stay = f"--dtype {config.dtype} is for it alone"
+    seq_len = default_seq_len(config, shape.max_seq_len)
+    say = None if config.quiet else lambda line: print(f"auto    {line}", flush=True)
+    return ane_auto.settle(config, shape, config.batch_size, seq_len, training=True, stay=stay, test=test, say=say)
+
+
 def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirectory | None) -> Result:
     """Train in a run directory: the one that is open already, or a new one once everything else is known to fit."""
     resumed = None if opened is None or opened.resumed is None else opened.resumed.path
     check_usable(config.device, config.ane_options())
     tokenizer = inputs.load_tokenizer(config, resumed)
     shape = inputs.model_config(config, tokenizer, resumed)
+    config = _settle(config, shape, resumed, test=True)
     need, _ = inputs.forecast(config, shape)
     inputs.check_fits(need)
     train_data, val_data = inputs.load_data(config, shape, tokenizer)
@@ -135,6 +151,8 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         print(f"skipped {state.skipped_steps} steps:", ", ".join(f"{name} ({count})" for name, count in skips.items()))
     if result.ane:
         print(describe_engine(result.ane))
+    if energy := describe_energy(result.energy):
+        print(f"energy: {energy}")
     if result.interrupted:
         print(f"go on:  anellm train --resume --out {path}")
     print(f"write:  anellm generate --model {path}")
@@ -146,6 +164,7 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         "perplexity": None if state.val_loss is None else perplexity(state.val_loss),
         "interrupted": result.interrupted,
         **result.ane,
+        **result.energy,
         **({"skips": skips} if skips else {}),
     }
     return Result(values, EXIT_INTERRUPTED if result.interrupted else 0)

@@ -32,6 +32,7 @@ from anellm.measure import Measurement, measure
 from anellm.metrics import rss_mib
 from anellm.model import GradNorm
 from anellm.optim import AdamW, clip_scale
+from anellm.power import EnergyRun, open_source
 from anellm.profile import Tracer
 from anellm.rundir import RunDirectory
 from anellm.schedule import default_learning_rate, learning_rate
@@ -57,6 +58,7 @@ class TrainResult:
         interrupted: stopped by a signal before its last step.
         out: the run directory, or None.
         ane: device, chip, numerics, share of the FLOPs and modelled time of the Neural Engine; empty on the CPU.
+        energy: what the steps took, by EnergyRun.summary(); empty where it is not known.
     """
 
     state: TrainState
@@ -64,6 +66,7 @@ class TrainResult:
     interrupted: bool
     out: Path | None
     ane: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    energy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def default_seq_len(config: TrainConfig, max_seq_len: int) -> int:
@@ -146,8 +149,8 @@ class Trainer:
             train_data: tokens to train on.
             val_data: tokens held out; None trains without validation.
             tokenizer: for samples, and to be kept with checkpoints.
-            callbacks: called with each record (kinds device, step, skip, eval, sample, save and interrupt), to read
-                only.
+            callbacks: called with each record (kinds device, fallback, step, skip, eval, sample, save and interrupt),
+                to read only.
             run: the run directory when it is open already; None opens ``config.out``.
             optimizer: None makes the config's AdamW.
             device: what the model computes on from now on, with the config's options for it; None: the config's
@@ -196,6 +199,7 @@ class Trainer:
         self._loss: float | None = None
         self._stop = False
         self._ane = EngineRun(getattr(model, "ane", None))
+        self._energy = EnergyRun(None)
         self._tracer = Tracer(config.profile, inside=self._ane.engine is not None)
         self._owns_run = run is None
         self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
@@ -261,6 +265,7 @@ class Trainer:
             CompileError: when a device refuses a program.
             CheckpointError: when a checkpoint cannot be written.
         """
+        self._energy = EnergyRun(open_source())
         try:
             if self.run is not None:
                 self.run.begin(self.config, self._manifest(), self._tokenizer_files())
@@ -280,8 +285,9 @@ class Trainer:
                     self._emit({"kind": "interrupt", "step": self.state.step})
                 self._save()
             out = None if self.run is None else self.run.path
-            return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary())
+            return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), self._energy.summary())
         finally:
+            self._energy.close()
             if self.run is not None and self._owns_run:
                 self.run.close()
 
@@ -293,17 +299,20 @@ class Trainer:
         n_micro = config.gradient_accumulation_steps
         loss, gradient, error = math.nan, GradNorm(math.nan, 0, None), None
         self._ane.begin_step()
+        self._energy.begin_step()
         try:
             loss, gradient = self._gradient(n_micro)
         except (NonFiniteError, EvalError) as failure:
             error = failure  # of a device: weights and moments are as they were, gradients are not to be used
+        self._tell_fallbacks()
         bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
         if not bad:
             with self._tracer.span("optimizer"):
                 self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm) / self._ane.scale)
             state.optimizer_step += 1
             state.bad_steps = 0
-        state.tokens += config.batch_size * self.seq_len * n_micro
+        tokens = config.batch_size * self.seq_len * n_micro
+        state.tokens += tokens
         state.step += 1
         seconds = time.perf_counter() - start
         state.seconds += seconds
@@ -318,8 +327,9 @@ class Trainer:
                 "grad_norm": gradient.norm,
                 "tokens": state.tokens,
                 "seconds": state.seconds,
-                "tokens_per_s": config.batch_size * self.seq_len * n_micro / max(seconds, 1e-9),
+                "tokens_per_s": tokens / max(seconds, 1e-9),
                 "rss_mib": round(rss_mib(), 1),
+                **self._energy.step_values(tokens, logged=logged),
                 **self._ane.step_values(state.skipped_steps + bad, activations=logged and error is None),
             }
         )
@@ -417,6 +427,7 @@ class Trainer:
         """Measure the held-out loss; a non-finite one never becomes the best."""
         if self.val_data is None:
             return
+        self._energy.pause()
         state, config = self.state, self.config
         try:
             with self._tracer.span("eval"):
@@ -426,6 +437,7 @@ class Trainer:
             more = {"message": str(error)}
         else:
             more = self._ane.activations()
+        self._tell_fallbacks()
         loss = found.loss
         state.val_loss = loss if math.isfinite(loss) else None
         if state.step > 0 and math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
@@ -442,11 +454,20 @@ class Trainer:
             }
         )
 
+    def _tell_fallbacks(self) -> None:
+        """Record which programs the engine has refused since the last call."""
+        found = self._ane.new_fallbacks()
+        for each in found:
+            self._emit({"kind": "fallback", "step": self.state.step, **each})
+        if found and self.run is not None:
+            self.run.amend_manifest({"fallbacks": self._ane.fallbacks()})
+
     def _sample(self) -> None:
         """Write a text with the model as it is now."""
         config = self.config
         if self.tokenizer is None or config.sample_tokens == 0:
             return
+        self._energy.pause()
         from anellm.sample import Sampling, generate_stream
 
         sampling = Sampling(
@@ -476,6 +497,7 @@ class Trainer:
         state = self.state
         if self.run is None or self.run.last_saved == state.step:
             return
+        self._energy.pause()
         with self._tracer.span("save"):
             files = {**self._tokenizer_files(), **self._ane.files()}
             path = self.run.save(state.step, self.model, state.to_dict(), files)

@@ -25,6 +25,7 @@ from anellm.errors import (
     DataError,
     DivergedError,
     EvalError,
+    FallbackWarning,
     InvalidError,
     UnavailableError,
     UnsupportedError,
@@ -187,7 +188,8 @@ def test_pretrained_models_take_a_device(tmp_path: Path) -> None:
     model = Model.from_pretrained(tmp_path / "m", "ane-sim", ane=AneOptions(chip="m6"))
     assert model.ane is not None
     assert model.ane.device.describe() == {
-        "device": "ane-sim", "chip": "m6", "numerics": "fast", "ane_scaling": "on", "ane_softmax": "ane"
+        "device": "ane-sim", "chip": "m6", "numerics": "fast", "ane_scaling": "on", "ane_softmax": "ane",
+        "ane_fallback": "cpu",
     }  # fmt: skip
     presets = Model.from_preset("stories260k", "ane-sim", n_layers=1), Model.from_config(SHAPE, "ane-sim")
     assert [each.device for each in presets] == ["ane-sim"] * 2
@@ -202,6 +204,7 @@ def test_pretrained_models_take_a_device(tmp_path: Path) -> None:
         ("numerics", "precise", "exact, fast"),
         ("numerics", None, "exact, fast"),
         ("softmax", "gpu", "ane, cpu"),
+        ("fallback", "ane", "cpu, error"),
         ("scaling", "on", "true or false"),
         ("scaling", 1, "true or false"),
         ("chip", "", "a name or the path"),
@@ -294,7 +297,7 @@ def test_a_library_can_be_the_ane(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     subprocess.run(command, cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ANELLM_ANE_DEVICE", "device.so")  # a relative path is one from here, and not of the loader's
-    model = a_model("ane")
+    model = a_model("ane", fallback="error")
     assert model.ane is not None
     device = model.ane.device
     assert (str(device), device.simulator, device.chip, device.counters()["compiles"]) == ("ane", None, None, 42)
@@ -339,6 +342,7 @@ def test_a_trainer_takes_the_device() -> None:
         ({"numerics": "fast", "device": "ane"}, "--numerics: only for --device ane-sim, found --device ane"),
         ({"ane_scaling": "off"}, "--ane-scaling: only for --device ane or ane-sim, found --device cpu"),
         ({"ane_softmax": "cpu"}, "--ane-softmax: only for --device ane or ane-sim, found --device cpu"),
+        ({"ane_fallback": "cpu"}, "--ane-fallback: only for --device ane or ane-sim, found --device cpu"),
         ({"ane_softmax": "gpu", "device": "ane-sim"}, "ane_softmax: expected one of ane, cpu, found 'gpu'"),
         ({"ane_scaling": "maybe", "device": "ane-sim"}, "ane_scaling: expected one of on, off, found 'maybe'"),
         ({"numerics": "x", "device": "ane-sim"}, "numerics: expected one of exact, fast, found 'x'"),
@@ -377,7 +381,7 @@ def test_what_a_run_says(tmp_path: Path) -> None:
     lines = list(metrics.read(tmp_path / "run"))
     assert lines[0] == {
         "kind": "device", "step": 0, "device": "ane-sim", "chip": "m4", "numerics": "fast", "ane_scaling": "on",
-        "ane_softmax": "ane",
+        "ane_softmax": "ane", "ane_fallback": "cpu",
     }  # fmt: skip
     steps = of_kind(lines, "step")
     for line in steps:
@@ -393,7 +397,17 @@ def test_what_a_run_says(tmp_path: Path) -> None:
         assert min(line["max_activation"]) > 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert [manifest[key] for key in ("device", "chip", "numerics")] == ["ane-sim", "m4", "fast"]
-    assert result.ane["ane_flops_share"] == steps[-1]["ane_flops_share"]
+    assert model.ane is not None
+    stats = model.ane.stats()
+    assert [result.ane[key] for key in ("ane_flops", "cpu_flops")] == [stats.total_ane_flops, stats.total_cpu_flops]
+    total = stats.total_ane_flops + stats.total_cpu_flops
+    assert result.ane["ane_flops_share"] == stats.total_ane_flops / total
+    # Evaluations have less work for the CPU than steps.
+    assert steps[-1]["ane_flops_share"] < result.ane["ane_flops_share"] < steps[-1]["ane_flops_share"] + 0.05
+    again = EngineRun(model.ane)  # counts from its own beginning
+    assert again.summary()["ane_flops_share"] is None
+    model.forward(*a_batch(), training=False)
+    assert again.summary()["ane_flops"] == model.ane.stats().ane_flops > 0
     assert result.ane["modelled_ms_per_step"] == pytest.approx(np.mean([line["modelled_ms"] for line in steps[1:]]))
     line = describe_engine(result.ane)
     assert line.startswith("ane-sim m4: ")
@@ -496,10 +510,43 @@ def test_a_failed_evaluation_is_no_best_loss() -> None:
 
 
 def test_a_program_that_does_not_compile_ends_the_run() -> None:
-    model = a_model()
+    model = a_model(fallback="error")
     model.ane.device.simulator.inject("compile-fails", after=3, count=1)  # type: ignore[union-attr]
     with pytest.raises(CompileError, match="program ffn_bwd_w13 for B = 2, T = 40: an injected fault"):
         Trainer(model, TrainConfig(steps=2, batch_size=2, seq_len=40), DATA).train()
+
+
+def test_a_refused_program_is_on_the_record(tmp_path: Path) -> None:
+    """Metrics, manifest and summary name it; the run that goes on from it says it for itself."""
+    records: list[Any] = []
+    model = a_model()
+    model.ane.device.simulator.inject("compile-fails", after=3, count=1)  # type: ignore[union-attr]
+    trainer = a_trainer(model, records, steps=2, eval_interval=1, out=str(tmp_path / "run"))
+    with pytest.warns(FallbackWarning, match="program ffn_bwd_w13 for B = 2, T = 40: an injected fault") as warned:
+        result = trainer.train()
+    assert len(warned) == 1
+    (line,) = of_kind(list(metrics.read(tmp_path / "run")), "fallback")
+    assert of_kind(records, "fallback") == [line]
+    assert line.pop("message").startswith("program ffn_bwd_w13 for B = 2, T = 40: an injected fault (com.apple.")
+    assert line == {
+        "kind": "fallback", "step": 0, "program": "ffn_bwd_w13", "part": "mlp backward", "batch_size": 2,
+        "seq_len": 40, "domain": "com.apple.appleneuralengine.compiler", "code": 1,
+        "text": "_ANECompiler : ANECCompile() FAILED: err=(CompilationFailure)",
+    }  # fmt: skip
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [each["program"] for each in manifest["fallbacks"]] == ["ffn_bwd_w13"]
+    assert manifest["fallbacks"] == result.ane["fallbacks"]
+    assert "on the CPU for want of a program: mlp backward (for ffn_bwd_w13 is refused)" in describe_engine(result.ane)
+    steps = of_kind(records, "step")
+    assert 0.3 < steps[-1]["ane_flops_share"] < 0.75
+    kinds = [record["kind"] for record in records]
+    assert kinds.index("fallback") < kinds.index("step")  # the first evaluation compiles for forward alone
+    # A process that goes on tries again, and here nothing is refused.
+    again = a_trainer(a_model(), steps=3, out=str(tmp_path / "run"), resume="auto").train()
+    assert again.state.step == 3
+    assert again.ane["fallbacks"] == []
+    assert "fallbacks" not in json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert len(of_kind(list(metrics.read(tmp_path / "run")), "fallback")) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@
 #       libaneshim.so                  IOSurface, CoreFoundation, sysctl
 #       libAppleNeuralEngine.so        the fake framework: what ANELLM_ANE_FRAMEWORK names
 #       libane_device.so               the device: what ANELLM_ANE_DEVICE names
-#       driver                         tests/apple/driver.c
+#       libIOReport.so                 the fake energy counters: what ANELLM_IOREPORT names
+#       libpower.so                    power_apple.m alone
+#       driver, power_driver           tests/apple/*.c
 #   build.sh OUT fake NAME FLAGS...    another fake framework beside it, with macros of fake_ane.m
 #   build.sh OUT device NAME SOURCE    another device beside it, from another device_ane.m
+#   build.sh OUT power NAME SOURCE     another libpower.so beside it, from another power_apple.m
 # FLAGS adds to the flags of all but the simulator's files, for sanitizers. OBJECTS names the folder objects/ of another
 # build, whose simulator is taken. Debian packages: clang libgnustep-base-dev libclang-rt-14-dev.
 set -euo pipefail
@@ -34,7 +37,12 @@ runtime=("-L$out" "-Wl,-rpath,\$ORIGIN" -Wl,--no-as-needed -lgnustep-base
 compile_objc() { "$CLANG" "${common[@]}" "${objc[@]}" "${@:3}" -c -x objective-c "$1" -o "$objects/$2.o"; }
 compile_c() { "$CLANG" -std=gnu11 "${common[@]}" "${@:3}" -c "$1" -o "$objects/$2.o"; }
 link_device() { # OBJECT LIBRARY
-    "$CLANG" "${extra[@]}" -shared "$objects/$1.o" "$objects"/host-*.o -laneshim "${runtime[@]}" -o "$out/$2"
+    "$CLANG" "${extra[@]}" -shared "$objects/$1.o" "$objects/power.o" "$objects"/host-*.o -laneshim "${runtime[@]}" \
+        -o "$out/$2"
+}
+link_power() { # OBJECT LIBRARY
+    "$CLANG" "${extra[@]}" -shared "$objects/$1.o" "$objects/host-power_library.c.o" -laneshim "${runtime[@]}" \
+        -o "$out/$2"
 }
 link_fake() { "$CLANG" "${extra[@]}" -shared "$objects/$1.o" -laneshim "${runtime[@]}" -o "$out/$2"; }
 
@@ -49,6 +57,11 @@ device)
     link_device "$3" "$3"
     exit
     ;;
+power)
+    compile_objc "$4" "$3" -fvisibility=hidden
+    link_power "$3" "$3"
+    exit
+    ;;
 esac
 
 pids=()
@@ -56,18 +69,23 @@ background() { "$@" & pids+=($!); }
 finish() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }
 background compile_objc "$here/shim/apple_shim.m" shim
 background compile_objc "$here/fake_ane.m" fake
+background compile_objc "$here/fake_ioreport.m" ioreport
 background compile_objc "$root/csrc/backend/ane/device_ane.m" device -fvisibility=hidden
-for source in tests/apple/host.c csrc/backend/ane/signature.c csrc/backend/sim/{mil_lex,mil_parse,pool}.c; do
+background compile_objc "$root/csrc/core/power_apple.m" power -fvisibility=hidden
+for source in tests/apple/{host,power_library}.c csrc/backend/ane/signature.c csrc/backend/sim/{mil_lex,mil_parse,pool}.c; do
     background compile_c "$root/$source" "host-$(basename "$source")" -fvisibility=hidden
 done
 finish
 "$CLANG" "${extra[@]}" -shared "$objects/shim.o" "${runtime[@]}" -o "$out/libaneshim.so"
 link_fake fake libAppleNeuralEngine.so
 link_device device libane_device.so
+link_power power libpower.so
+link_fake ioreport libIOReport.so
 
 # The driver has the simulator, and none of the kernels. Warnings of these files are asked for elsewhere.
 core=${OBJECTS:-$objects}
 background compile_c "$here/driver.c" driver
+background compile_c "$here/power_driver.c" power_driver
 for source in "$root"/csrc/backend/sim/*.c "$root"/csrc/core/*.c "$root"/csrc/backend/ane/{device,blob}.c; do
     [ -z "${OBJECTS:-}" ] || break
     background "$CLANG" -std=gnu11 "${plain[@]}" -w -c "$source" -o "$objects/core-$(basename "$source").o"
@@ -76,3 +94,5 @@ done
 finish
 # The Objective-C libraries are there from the start, so that leak checkers can name what they allocate.
 "$CLANG" "${extra[@]}" "$objects/driver.o" "$core"/core-*.o -laneshim "${runtime[@]}" -o "$out/driver"
+"$CLANG" "${extra[@]}" "$objects/power_driver.o" "$core"/core-{power,status}.c.o -laneshim "${runtime[@]}" \
+    -o "$out/power_driver"

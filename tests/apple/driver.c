@@ -53,7 +53,8 @@ static const anellm_ane_profile profile = {
 static struct {
     void (*fail)(const char *, int, int, int);
     int (*count)(const char *), (*live)(void);
-    void (*expect_qos)(int), (*close)(void), (*shim_fail)(const char *, int);
+    void (*keep)(int), (*unload_cleans)(int), (*expect_qos)(int), (*slow_down)(int, int), (*close)(void);
+    void (*shim_fail)(const char *, int);
     double (*last_gap)(void);
 } fake;
 
@@ -70,6 +71,9 @@ static void find_fake(void) {
     find(&fake.count, library, "fake_ane_count");
     find(&fake.live, library, "fake_ane_live");
     find(&fake.expect_qos, library, "fake_ane_expect_qos");
+    find(&fake.keep, library, "fake_ane_keep");
+    find(&fake.unload_cleans, library, "fake_ane_unload_cleans");
+    find(&fake.slow_down, library, "fake_ane_slow_down");
     find(&fake.close, library, "fake_ane_close");
     find(&fake.last_gap, library, "fake_ane_last_gap");
     find(&fake.shim_fail, library, "shim_fail");
@@ -475,10 +479,13 @@ static void test_threads(void) {
 static void test_refused(void) {
     anellm_ane *device = open_device(1); /* this process has compiled more */
     anellm_ane_program *program = NULL;
-    const int before = fake.count("descriptor");
+    const int compiles = fake.count("compile");
     CHECK(compile(device, &program) == ANELLM_COMPILE, "Q15");
     CHECK(strstr(anellm_last_error(), "Q15") != NULL, "text");
+    CHECK(fake.count("compile") == compiles, "the service was asked");
     anellm_ane_close(device);
+    check_nothing_left("one too many");
+    const int before = fake.count("descriptor");
     device = open_device(0);
     CHECK(anellm_ane_compile(device, &program, "program(", 8, NULL, 0) == ANELLM_COMPILE, "no program");
     CHECK(strstr(anellm_last_error(), "1:") != NULL, "text");
@@ -515,25 +522,215 @@ static void test_information(void) {
           info.system);
     CHECK(info.n_engines == 1 && info.n_cores == 16, "%d %d", info.n_engines, info.n_cores);
     anellm_ane_close(device);
-    setenv("ANELLM_ANE_QOS", "9", 1);
-    fake.expect_qos(9);
-    struct run run;
-    device = open_device(0);
-    OK(make_run(&run, device));
-    evaluate_and_check(&run, 2);
-    free_run(&run);
-    anellm_ane_close(device);
-    fake.expect_qos(21);
-    setenv("ANELLM_ANE_QOS", "64", 1);
-    CHECK(anellm_ane_open(&device, getenv("ANELLM_ANE_DEVICE"), &profile, NULL) == ANELLM_INVALID, "QoS");
-    CHECK(device == NULL, "QoS");
-    unsetenv("ANELLM_ANE_QOS");
     check_nothing_left("information");
 }
 
-int main(void) {
+/* Make, evaluate and free a program, which is compiled `compiles` times and found `hits` times. */
+static void expect_compiles(int64_t max_compiles, int compiles, int hits, const char *where) {
+    struct run run;
+    anellm_ane_counters c;
+    const int before = fake.count("compile");
+    anellm_ane *device = open_device(max_compiles);
+    OK(make_run(&run, device));
+    evaluate_and_check(&run, 2);
+    OK(anellm_ane_unload(run.program));
+    OK(anellm_ane_load(run.program));
+    const anellm_ane_file file = {"@model_path/weights/w.bin", &blob, sizeof blob};
+    OK(anellm_ane_reload(run.program, &file, 1));
+    evaluate_and_check(&run, 2);
+    OK(anellm_ane_get_counters(device, &c));
+    CHECK(fake.count("compile") - before == compiles, "%s: %d compiles", where, fake.count("compile") - before);
+    CHECK(c.compiles == compiles && c.cache_hits == hits && c.compile_failures == 0, "%s: %lld, %lld, %lld", where,
+          (long long)c.compiles, (long long)c.cache_hits, (long long)c.compile_failures);
+    free_run(&run);
+    anellm_ane_close(device);
+    check_nothing_left(where);
+}
+
+/* Without compiledModelExists everything is compiled. */
+static void test_no_cache(void) {
+    fake.keep(1);
+    expect_compiles(0, 1, 0, "the first");
+    expect_compiles(0, 1, 0, "another");
+    fake.keep(0);
+}
+
+static void test_cache(void) {
+    struct run run;
+    anellm_ane_counters c;
+    fake.keep(1);
+    expect_compiles(0, 1, 0, "the first");
+    expect_compiles(0, 0, 1, "what is known");
+    expect_compiles(1, 0, 1, "what is known, when no more may be compiled");
+    fake.fail("load", 0, 1, FAKE_ERROR);
+    expect_compiles(0, 1, 1, "what is known but does not load");
+    fake.fail("load", 0, 1, FAKE_RAISE);
+    anellm_ane *device = open_device(0);
+    CHECK(make_run(&run, device) == ANELLM_COMPILE, "an exception is no refusal");
+    free_run(&run);
+    for (int i = 0; i < 2; i++) {
+        fake.fail("load", 0, i == 0 ? 2 : 1, FAKE_ERROR);
+        fake.fail("compile", 0, i, FAKE_ERROR);
+        CHECK(make_run(&run, device) == ANELLM_COMPILE, "it does not load, and then");
+        expect_error(device, faults[i == 0 ? 4 : 3].domain, i == 0 ? 6 : 1, faults[i == 0 ? 4 : 3].text, "a bad load");
+        free_run(&run);
+        OK(anellm_ane_get_counters(device, &c));
+        CHECK(c.compiles == i + 1 && c.compile_failures == i && c.cache_hits == i + 2, "%lld, %lld, %lld",
+              (long long)c.compiles, (long long)c.compile_failures, (long long)c.cache_hits);
+    }
+    anellm_ane_close(device);
+    check_nothing_left("bad loads");
+    fake.keep(1);
+    fake.fail("exists", 0, 1, FAKE_ERROR);
+    expect_compiles(0, 1, 1, "what is known and gone");
+    fake.fail("exists", 0, 1, FAKE_RAISE);
+    expect_compiles(0, 1, 0, "what cannot be asked for");
+    setenv("ANELLM_ANE_CACHE", "off", 1);
+    const int asked = fake.count("exists");
+    expect_compiles(0, 1, 0, "what is not to be asked for");
+    CHECK(fake.count("exists") == asked, "it was asked for");
+    setenv("ANELLM_ANE_CACHE", "yes", 1);
+    CHECK(anellm_ane_open(&device, getenv("ANELLM_ANE_DEVICE"), &profile, NULL) == ANELLM_INVALID, "cache");
+    CHECK(strstr(anellm_last_error(), "ANELLM_ANE_CACHE: expected on or off, found \"yes\"") != NULL, "text");
+    setenv("ANELLM_ANE_CACHE", "on", 1);
+    expect_compiles(0, 0, 1, "on");
+    unsetenv("ANELLM_ANE_CACHE");
+    fake.keep(0);
+}
+
+/* An unload that takes the folder with it, also that of a twin. */
+static void test_unload_that_cleans(void) {
+    struct run run, twin;
+    anellm_ane_error e;
+    fake.unload_cleans(1);
+    expect_compiles(0, 1, 0, "an unload that cleans");
+    anellm_ane *device = open_device(0);
+    OK(make_run(&run, device));
+    OK(make_run(&twin, device));
+    free_run(&run);
+    CHECK(count_folders() == 0, "%d folders", count_folders());
+    evaluate_and_check(&twin, 2);
+    OK(make_run(&run, device));
+    free_run(&twin);
+    evaluate_and_check(&run, 2);
+    free_run(&run);
+    OK(anellm_ane_get_error(device, &e));
+    CHECK(e.detail[0] == '\0', "what is gone is no failure: %s", e.detail);
+    anellm_ane_close(device);
+    check_nothing_left("unloads that clean");
+    fake.unload_cleans(0);
+}
+
+/* All calls of a program that is compiled now have this QoS; so do those of the programs that were there before. */
+static void run_under(anellm_ane *device, int qos, const struct run *before) {
+    struct run run;
+    anellm_ane_qos found;
+    OK(anellm_ane_get_qos(device, &found));
+    CHECK(found.value == qos, "%d, expected %d", found.value, qos);
+    fake.expect_qos(qos);
+    OK(make_run(&run, device));
+    evaluate_and_check(&run, 2);
+    free_run(&run);
+    fake.expect_qos(-1);
+    if (before != NULL) evaluate_and_check(before, 2);
+}
+
+static void test_qos_that_is_set(void) {
+    struct run run;
+    anellm_ane_qos found;
+    setenv("ANELLM_ANE_QOS", "9", 1);
+    anellm_ane *device = open_device(0);
+    const int compiles = fake.count("compile");
+    run_under(device, 9, NULL);
+    OK(make_run(&run, device));
+    OK(anellm_ane_set_qos(device, ANELLM_ANE_QOS_USER_INTERACTIVE));
+    run_under(device, 33, &run);
+    OK(anellm_ane_get_qos(device, &found));
+    CHECK(!found.measured && found.us[0] <= 0.0 && fake.count("compile") == compiles + 3, "nothing is measured");
+    CHECK(anellm_ane_set_qos(device, 64) == ANELLM_INVALID && anellm_ane_set_qos(device, -2) == ANELLM_INVALID, "QoS");
+    CHECK(anellm_ane_get_qos(device, NULL) == ANELLM_INVALID, "NULL");
+    run_under(device, 33, &run);
+    free_run(&run);
+    anellm_ane_close(device);
+    setenv("ANELLM_ANE_QOS", "64", 1);
+    CHECK(anellm_ane_open(&device, getenv("ANELLM_ANE_DEVICE"), &profile, NULL) == ANELLM_INVALID, "QoS");
+    CHECK(device == NULL, "QoS");
+    setenv("ANELLM_ANE_QOS", "21", 1);
+    check_nothing_left("QoS");
+}
+
+/* Measured once in a process, on first use: a driver of its own for each way that it can end. */
+static void *get_in_thread(void *device) {
+    anellm_ane_qos qos;
+    OK(anellm_ane_get_qos(device, &qos));
+    return NULL;
+}
+
+static void test_measured_qos(const char *how) {
+    anellm_ane_counters c;
+    anellm_ane_qos qos;
+    int expected = ANELLM_ANE_QOS_DEFAULT, compiles = 5;
+    unsetenv("ANELLM_ANE_QOS");
+    anellm_ane *device = open_device(0), *other = open_device(0);
+    CHECK(fake.count("compile") == 0, "opening measures nothing");
+    fake.slow_down(atoi(how), 2000);
+    if (atoi(how) != 0) expected = atoi(how);
+    if (strcmp(how, "compile") == 0) {
+        fake.fail("compile", 0, 1, FAKE_ERROR); /* it gives up: each one more would wait for the service */
+        compiles = 1;
+    } else if (atoi(how) == 0) {
+        fake.fail(how, 0, 99, FAKE_ERROR);
+    }
+    pthread_t threads[2];
+    CHECK(pthread_create(&threads[0], NULL, get_in_thread, device) == 0, "thread");
+    CHECK(pthread_create(&threads[1], NULL, get_in_thread, other) == 0, "thread");
+    for (int i = 0; i < 2; i++) pthread_join(threads[i], NULL);
+    CHECK(fake.count("compile") == compiles, "%d compiles", fake.count("compile"));
+    if (atoi(how) == 0) fake.fail(how, 0, 0, 0);
+    OK(anellm_ane_get_qos(device, &qos));
+    CHECK(qos.value == expected && qos.measured, "%d", qos.value);
+    for (int i = 0; i < ANELLM_ANE_N_QOS; i++) {
+        static const int values[] = {9, 17, 21, 25, 33};
+        CHECK(qos.values[i] == values[i] && (qos.us[i] > 0.0) == (atoi(how) != 0), "%d: %g", i, qos.us[i]);
+        CHECK(atoi(how) == 0 || values[i] == expected || qos.us[i] > 2000.0, "%d: %g", i, qos.us[i]);
+    }
+    OK(anellm_ane_get_counters(device, &c));
+    CHECK(c.compiles == 0 && c.loads == 0 && c.evaluations == 0 && c.compile_failures == 0, "it counts for nobody");
+    check_nothing_left("measuring");
+    run_under(device, expected, NULL);
+    run_under(other, expected, NULL);
+    OK(anellm_ane_set_qos(other, 17));
+    run_under(other, 17, NULL);
+    OK(anellm_ane_set_qos(other, ANELLM_ANE_QOS_AUTO));
+    run_under(other, expected, NULL);
+    CHECK(fake.count("compile") == compiles + 4, "%d compiles", fake.count("compile"));
+    anellm_ane_close(other);
+    other = open_device(0);
+    struct run run;
+    fake.expect_qos(expected);
+    OK(make_run(&run, other)); /* whoever asks for nothing gets it too */
+    free_run(&run);
+    fake.expect_qos(-1);
+    anellm_ane_close(other);
+    anellm_ane_close(device);
+    check_nothing_left("a measured QoS");
+}
+
+int main(int argc, char **argv) {
     make_blob(2);
     find_fake();
+    if (argc == 2) { /* driver QOS: the one that is fast, or the step that fails; driver no-cache */
+        if (strcmp(argv[1], "no-cache") == 0) {
+            test_no_cache();
+        } else {
+            test_measured_qos(argv[1]);
+        }
+        fake.close();
+        puts("ok");
+        return 0;
+    }
+    setenv("ANELLM_ANE_QOS", "21", 1);
+    fake.expect_qos(21);
     test_a_program();
     test_any_order();
     test_locks();
@@ -544,6 +741,9 @@ int main(void) {
     test_threads();
     test_refused();
     test_information();
+    test_cache();
+    test_unload_that_cleans();
+    test_qos_that_is_set();
     fake.close();
     puts("ok");
     return 0;

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "fake_ane.h"
 
@@ -13,6 +14,9 @@
 #endif
 #ifndef FAKE_KEYWORD
 #define FAKE_KEYWORD procedureIndex
+#endif
+#ifndef FAKE_EXISTS
+#define FAKE_EXISTS compiledModelExists
 #endif
 #ifndef FAKE_ENGINES
 #define FAKE_ENGINES 1
@@ -34,12 +38,13 @@
 
 static anellm_ane *simulator;
 static _Atomic int live;
-static unsigned int expected_qos = 21;
+static int expected_qos = -1; /* any, but the same for all calls of a model */
+static int fast_qos, slow_us;
 static double compiled_at, last_gap;
 
-static const char *const steps[] = {"descriptor", "model",   "hex",     "compile", "load",
-                                    "unload",     "surface", "request", "evaluate"};
-enum { DESCRIPTOR, MODEL, HEX, COMPILE, LOAD, UNLOAD, SURFACE, REQUEST, EVALUATE, N_STEPS };
+static const char *const steps[] = {"descriptor", "model",   "hex",     "compile",  "load",
+                                    "unload",     "surface", "request", "evaluate", "exists"};
+enum { DESCRIPTOR, MODEL, HEX, COMPILE, LOAD, UNLOAD, SURFACE, REQUEST, EVALUATE, EXISTS, N_STEPS };
 static struct {
     int count, after, times, how;
 } faults[N_STEPS];
@@ -63,7 +68,24 @@ int fake_ane_count(const char *step) { return faults[step_named(step)].count; }
 
 int fake_ane_live(void) { return live + shim_surfaces(); }
 
-void fake_ane_expect_qos(int qos) { expected_qos = (unsigned int)qos; }
+void fake_ane_expect_qos(int qos) { expected_qos = qos; }
+
+/* Names of compiled models, by which macOS keeps them. */
+static NSMutableSet *kept;
+static int keeps, unload_cleans;
+
+void fake_ane_keep(int on) {
+    keeps = on;
+    [kept release];
+    kept = on ? [NSMutableSet new] : nil;
+}
+
+void fake_ane_unload_cleans(int on) { unload_cleans = on; }
+
+void fake_ane_slow_down(int qos, int us) {
+    fast_qos = qos;
+    slow_us = us;
+}
 
 double fake_ane_last_gap(void) { return last_gap; }
 
@@ -121,7 +143,8 @@ void fake_ane_close(void) {
 }
 
 static void check_common(unsigned int qos, NSError **error) {
-    REQUIRE(qos == expected_qos, "QoS is %u, expected %u", qos, expected_qos);
+    REQUIRE(expected_qos < 0 || qos == (unsigned int)expected_qos, "QoS is %u, expected %d", qos, expected_qos);
+    REQUIRE(qos <= 63, "QoS is %u", qos);
     REQUIRE(error != NULL && *error == nil, "an NSError is asked for, and starts as nil");
 }
 
@@ -300,7 +323,8 @@ enum { NEW, COMPILED, LOADED, STUCK }; /* STUCK: loaded still, after an unload t
     _ANEInMemoryModelDescriptor *descriptor;
     NSString *name;
     anellm_ane_program *program;
-    int state;
+    int state, is_kept;
+    unsigned int compiled_qos;
 }
 @end
 
@@ -337,9 +361,35 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
 - (NSString *)hexStringIdentifier {
     return fails(HEX, NULL) ? @"../outside" : name;
 }
+- (void)checkQoS:(unsigned int)qos {
+    REQUIRE(qos == compiled_qos, "QoS is %u, was %u when the model was compiled", qos, compiled_qos);
+}
 - (NSData *)fileAt:(NSString *)relative {
     NSString *folder = [NSTemporaryDirectory() stringByAppendingPathComponent:name];
     return [NSData dataWithContentsOfFile:[folder stringByAppendingPathComponent:relative]];
+}
+/* Failing it says that there is one where there is none, which the load finds out. */
+- (BOOL)FAKE_EXISTS {
+    is_kept = fails(EXISTS, NULL) || [kept containsObject:name];
+    return is_kept ? YES : NO;
+}
+/* What macOS has compiled before, from its own files. */
+- (BOOL)takeKept:(unsigned int)qos error:(NSError **)error {
+    if (![kept containsObject:name]) return answer(error, DOMAIN, 6, @"Program load failure (0x20004)");
+    const NSUInteger n = [descriptor->weights count];
+    anellm_ane_file *files = calloc(n + 1, sizeof *files);
+    NSUInteger i = 0;
+    for (NSString *key in descriptor->weights) {
+        NSData *data = [[descriptor->weights objectForKey:key] objectForKey:@"data"];
+        files[i++] = (anellm_ane_file){[key UTF8String], [data bytes], (int64_t)[data length]};
+    }
+    const int status = simulator->table->compile(simulator, &program, [descriptor->text bytes],
+                                                 (int64_t)[descriptor->text length], files, (int64_t)n);
+    free(files);
+    REQUIRE(status == ANELLM_OK, "what was compiled once compiles again");
+    compiled_qos = qos;
+    state = COMPILED;
+    return YES;
 }
 - (BOOL)compileWithQoS:(unsigned int)qos options:(NSDictionary *)options error:(NSError **)error {
     struct timespec t;
@@ -351,6 +401,7 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
     compiled_at += last_gap;
     NSData *text = [self fileAt:@"model.mil"];
     REQUIRE([text isEqual:descriptor->text], "model.mil is in the folder of the model before it is compiled (Q58)");
+    compiled_qos = qos;
     if (fails(COMPILE, error)) return NO;
     const NSUInteger n = [descriptor->weights count];
     anellm_ane_file *files = calloc(n + 1, sizeof *files);
@@ -366,13 +417,16 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
     free(files);
     if (status != ANELLM_OK) return answer_simulator(error, status);
     state = COMPILED;
+    if (keeps) [kept addObject:name];
     return YES;
 }
 - (BOOL)loadWithQoS:(unsigned int)qos options:(NSDictionary *)options error:(NSError **)error {
     check_common(qos, error);
     check_options(options);
-    REQUIRE(state == COMPILED, "a model is loaded after it was compiled, and once");
+    REQUIRE(state == COMPILED || (state == NEW && is_kept), "a model is loaded after it was compiled, and once");
     if (fails(LOAD, error)) return NO;
+    if (state == NEW && ![self takeKept:qos error:error]) return NO;
+    [self checkQoS:qos];
     const int status = program->table->load(program);
     if (status != ANELLM_OK) return answer_simulator(error, status);
     state = LOADED;
@@ -380,6 +434,7 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
 }
 - (BOOL)unloadWithQoS:(unsigned int)qos error:(NSError **)error {
     check_common(qos, error);
+    [self checkQoS:qos];
     REQUIRE(state == LOADED || state == STUCK, "only what is loaded is unloaded");
     if (fails(UNLOAD, error)) {
         state = STUCK;
@@ -387,17 +442,23 @@ static uint64_t hash_data(uint64_t hash, NSData *data) {
     }
     program->table->unload(program);
     state = COMPILED;
+    if (unload_cleans) {
+        NSString *folder = [NSTemporaryDirectory() stringByAppendingPathComponent:name];
+        [[NSFileManager defaultManager] removeItemAtPath:folder error:NULL];
+    }
     return YES;
 }
 - (BOOL)evaluateWithQoS:(unsigned int)qos options:(NSDictionary *)options request:(id)given error:(NSError **)error {
     FAKE_REQUEST *request = given;
     check_common(qos, error);
+    [self checkQoS:qos];
     check_options(options);
     REQUIRE([given isKindOfClass:[FAKE_REQUEST class]], "a model evaluates a request");
     REQUIRE(state == LOADED || state == STUCK, "a model is evaluated while it is loaded");
     for (NSUInteger i = 0; i < [request count]; i++)
         REQUIRE(shim_locks([request surfaceAt:i]) == 0, "a surface is locked while the engine computes");
     if (fails(EVALUATE, error)) return NO;
+    if (slow_us > 0 && qos != (unsigned int)fast_qos) usleep((useconds_t)slow_us);
     [request bindTo:program];
     [request copySide:0 back:0];
     const int status = program->table->evaluate(program, request->bound);

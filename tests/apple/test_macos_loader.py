@@ -135,10 +135,10 @@ def test_code_cannot_be_written_to(loader: Path, probe: Path) -> None:
 
 def test_an_import_without_a_binding_is_named(loader: Path, probe: Path, tmp_path: Path, wheel: Path) -> None:
     source = tmp_path / "new.c"
-    source.write_text("int getpid(void);\nint new(void);\nint new(void) { return getpid(); }\n", encoding="utf-8")
+    source.write_text("int getppid(void);\nint new(void);\nint new(void) { return getppid(); }\n", encoding="utf-8")
     library = compile_for_macos(source, tmp_path / "new.dylib")
     done = run(QEMU, loader / "machorun", library, "new")
-    assert (done.returncode, done.stderr) == (2, "import _getpid of libSystem.B.dylib: no binding\n")
+    assert (done.returncode, done.stderr) == (2, "import _getppid of libSystem.B.dylib: no binding\n")
     done = run(QEMU, loader / "machorun", probe, "new")
     assert (done.returncode, done.stderr) == (2, "the image does not export new\n")
     # in a process without Python, its functions are missing as well

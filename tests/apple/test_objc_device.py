@@ -14,22 +14,29 @@ import sys
 from pathlib import Path
 
 import pytest
-from objc_mutants import LEAKS, MUTANTS, Mutant, mutate
-from objc_tools import HERE, PACKAGES, build, environment, left_in, run_python
+from objc_mutants import LEAKS, MUTANTS, QOS_MUTANTS, Mutant, mutate
+from objc_tools import (
+    HERE,
+    PACKAGES,
+    SANITIZERS,
+    VALGRIND,
+    build,
+    environment,
+    has_sanitizers,
+    left_in,
+    run_python,
+)
 
 from anellm.ane import AneDevice
-from anellm.device import AneOptions
+from anellm.device import QOS, AneOptions
 
+Done = subprocess.CompletedProcess[str]
 SOURCE = HERE.parents[1] / "csrc" / "backend" / "ane" / "device_ane.m"
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-VALGRIND = ["valgrind", "-q", "--leak-check=full", "--num-callers=40", "--show-leak-kinds=definite",
-            "--errors-for-leak-kinds=definite", "--error-exitcode=9",
-            f"--suppressions={HERE / 'valgrind.supp'}"]  # fmt: skip
 
 
-def drive(built: Path, tmp: Path, *checker: str, **more: str) -> subprocess.CompletedProcess[str]:
+def drive(built: Path, tmp: Path, *checker: str, arguments: tuple[str, ...] = (), **more: str) -> Done:
     """Run the driver; more is environment."""
-    command = [*checker, str(built / "driver")]
+    command = [*checker, str(built / "driver"), *arguments]
     return subprocess.run(
         command, env=environment(built, tmp, **more), capture_output=True, text=True, timeout=120, check=False
     )
@@ -46,20 +53,39 @@ def test_driver(built: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path / "tmp") == []
 
 
-def test_valgrind(built: Path, tmp_path: Path) -> None:
+# The QoS that is fast, or the step that fails.
+MEASURED = ("9", "21", "33", "compile", "load", "evaluate", "surface", "request")
+
+
+@pytest.mark.parametrize("how", MEASURED)
+def test_measured_qos(how: str, built: Path, tmp_path: Path) -> None:
+    """Measured on first use, once; the fastest is taken, else the default."""
+    done = drive(built, tmp_path / "tmp", arguments=(how,))
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+    assert "without pool" not in done.stderr
+    assert left_in(tmp_path / "tmp") == []
+
+
+def test_a_framework_without_a_cache(built: Path, tmp_path: Path) -> None:
+    """Where models do not tell whether they are compiled, all are compiled."""
+    build(built, "fake", "libNoCache.so", "-DFAKE_EXISTS=isCompiled")
+    other = str(built / "libNoCache.so")
+    done = drive(built, tmp_path / "tmp", arguments=("no-cache",), ANELLM_ANE_FRAMEWORK=other)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("9",)])
+def test_valgrind(arguments: tuple[str, ...], built: Path, tmp_path: Path) -> None:
     if shutil.which("valgrind") is None:
         pytest.skip(f"needs valgrind: {PACKAGES}")
-    done = drive(built, tmp_path / "tmp", *VALGRIND)
+    done = drive(built, tmp_path / "tmp", *VALGRIND, arguments=arguments)
     assert done.returncode == 0, done.stderr
     assert "definitely lost" not in done.stderr
 
 
 def test_sanitizers(built: Path, tmp_path: Path) -> None:
     """Addresses, undefined behaviour, leaks."""
-    found = subprocess.run(
-        ["clang", "-print-file-name=libclang_rt.asan-x86_64.a"], capture_output=True, text=True, check=True
-    )
-    if not Path(found.stdout.strip()).is_absolute():
+    if not has_sanitizers():
         pytest.skip(f"needs clang's sanitizers: {PACKAGES}")
     out = build(tmp_path / "asan", FLAGS=SANITIZERS, OBJECTS=str(built / "objects"))
     done = drive(
@@ -72,18 +98,27 @@ def test_sanitizers(built: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
-def drive_mutant(built: Path, tmp: Path, mutant: Mutant, *checker: str) -> subprocess.CompletedProcess[str]:
-    """Build a device with a mistake, and run the driver on it."""
+def drive_mutant(built: Path, tmp: Path, mutant: Mutant, *checker: str, arguments: tuple[str, ...] = ()) -> Done:
+    """Build a device with a mistake, unless it is there already, and run the driver on it."""
     source, library = tmp / f"{mutant.name}.m", f"lib{mutant.name}.so"
-    source.write_text(mutate(SOURCE.read_text(), mutant))
-    build(built, "device", library, str(source), FLAGS="-w")
-    return drive(built, tmp / "tmp", *checker, ANELLM_ANE_DEVICE=str(built / library))
+    if not (built / library).exists():
+        source.write_text(mutate(SOURCE.read_text(), mutant))
+        build(built, "device", library, str(source), FLAGS="-w -O0 -g0")
+    return drive(built, tmp / "tmp", *checker, arguments=arguments, ANELLM_ANE_DEVICE=str(built / library))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutants(mutant: Mutant, built: Path, tmp_path: Path) -> None:
     done = drive_mutant(built, tmp_path, mutant)
     assert done.returncode != 0 or "without pool" in done.stderr, f"nothing notices {mutant.name}"
+
+
+@pytest.mark.parametrize("mutant", QOS_MUTANTS, ids=lambda mutant: mutant.name)
+def test_qos_mutants(mutant: Mutant, built: Path, tmp_path: Path) -> None:
+    for how in ("9", "compile", "evaluate"):
+        if drive_mutant(built, tmp_path, mutant, arguments=(how,)).returncode != 0:
+            return
+    pytest.fail(f"nothing notices {mutant.name}")
 
 
 @pytest.mark.parametrize("mutant", LEAKS, ids=lambda mutant: mutant.name)
@@ -130,6 +165,29 @@ def test_training_equals_the_simulator(shape: dict[str, object], built: Path, tm
     assert left_in(tmp_path / "tmp") == []
 
 
+KEPT = """
+losses = []
+for _ in range(2):
+    model = a_model("ane")
+    losses.append(train(model))
+    counters = model.ane.device.counters()
+    print(json.dumps([counters["compiles"], counters["cache_hits"], counters["loads"]]))
+    del model
+    gc.collect()
+    assert (fake().fake_ane_live(), files()) == (0, [])
+assert losses[0] == losses[1]
+"""
+
+
+def test_a_second_model_compiles_nothing(built: Path, tmp_path: Path) -> None:
+    """Programs that macOS has are loaded as they are; what they compute is the same."""
+    script = "fake().fake_ane_keep(1)\n" + KEPT
+    counts = [json.loads(line) for line in run_python(script, environment(built, tmp_path / "tmp")).splitlines()]
+    assert counts == [[8, 0, 8], [0, 8, 8]]
+    off = environment(built, tmp_path / "tmp", ANELLM_ANE_CACHE="off")
+    assert [json.loads(line) for line in run_python(script, off).splitlines()] == [[8, 0, 8]] * 2
+
+
 FAULTS = """
 expected = train(a_model("ane"))
 gc.collect()
@@ -173,9 +231,92 @@ def test_failures_reach_python(built: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path / "tmp") == []
 
 
+FALLBACK = """
+import warnings
+
+def refused(device, step, kind):
+    model = a_model(device, fallback="cpu")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        if device == "ane":
+            fake().fake_ane_fail(step.encode(), 5, 1, kind)
+        else:
+            model.ane.device.simulator.inject(f"{step}-fails", after=5, count=1)
+        losses = train(model)
+    assert len(found) == 1, found
+    (refusal,) = model.ane.refusals
+    return model, losses, refusal, str(found[0].message)
+
+for step in "compile", "load":
+    sim, losses, expected, _ = refused("ane-sim", step, 0)
+    assert expected.program == "sdpa_bwd1"
+    for kind in 0, 1, 2:  # an NSError, none, an exception
+        ane, found, refusal, warning = refused("ane", step, kind)
+        assert losses == found
+        assert all(np.array_equal(a, ane.params[name]) for name, a in sim.params.items())
+        assert refusal[:4] == expected[:4] == ("sdpa_bwd1", "attention backward", 2, 33)
+        assert "program sdpa_bwd1 for B = 2, T = 33" in warning and refusal.text in warning, warning
+        if kind == 0:
+            assert refusal[4:7] == expected[4:7] and refusal.domain in warning, refusal
+        a, b = sim.ane.stats(), ane.ane.stats()
+        assert (a.programs, a.flops_share, a.n_refusals) == (b.programs, b.flops_share, 1)
+        assert ane.ane.device.counters()["compiles"] == sim.ane.device.counters()["compiles"]
+        del ane
+        gc.collect()
+        assert (fake().fake_ane_live(), files()) == (0, [])
+"""
+
+
+def test_refused_programs_fall_back(built: Path, tmp_path: Path) -> None:
+    """Training goes on as it does over the simulator with the same refusal; what was compiled in vain is freed."""
+    run_python(FALLBACK, environment(built, tmp_path / "tmp"))
+    assert left_in(tmp_path / "tmp") == []
+
+
 def run_cli(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "anellm.train", *arguments]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_run_equals_the_simulators(built: Path, tmp_path: Path) -> None:
+    """The framework's name is enough: the device is the library beside it."""
+    size = ["--preset", "tiny", "--steps", "20", "--batch-size", "2", "--seq-len", "33", "--eval-interval", "10"]
+    found = []
+    for device in ("ane", "ane-sim"):
+        env = environment(built, tmp_path / "tmp")
+        del env["ANELLM_ANE_DEVICE"]
+        done = run_cli(env, tmp_path, *size, "--device", device, "--out", device)
+        assert done.returncode == 0, done.stderr
+        records = map(json.loads, (tmp_path / device / "metrics.jsonl").read_text().splitlines())
+        found.append([r.get("loss", r.get("val_loss")) for r in records if r["kind"] in ("step", "eval")])
+    assert len(found[0]) >= 22
+    assert found[0] == found[1]
+
+
+def test_the_qos_of_a_run(built: Path, tmp_path: Path) -> None:
+    """The flag comes before the environment; what neither says is measured. The losses are the same."""
+    size = ["--preset", "tiny", "--steps", "2", "--batch-size", "1", "--seq-len", "32", "--eval-interval", "0"]
+    losses = []
+    for name, flags, qos, expected in (
+        ("flag", ["--ane-qos", "user-initiated"], "9", {"ane_qos": "user-initiated", "ane_qos_measured": False}),
+        ("environment", ["--ane-qos", "auto"], "9", {"ane_qos": "background", "ane_qos_measured": False}),
+        ("number", [], "5", {"ane_qos": "5", "ane_qos_measured": False}),
+        ("measured", [], "", {"ane_qos_measured": True}),
+    ):
+        env = environment(built, tmp_path / "tmp", ANELLM_ANE_QOS=qos)
+        done = run_cli(env, tmp_path, *size, "--device", "ane", *flags, "--out", name, "--json", f"{name}.json")
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        manifest, summary = (tmp_path / name / "manifest.json", tmp_path / f"{name}.json")
+        for found in (records[0], json.loads(manifest.read_text()), json.loads(summary.read_text())):
+            assert expected.items() <= found.items()
+            assert found["ane_qos"] in {"5", *QOS[1:]}
+        assert found["compiles"] > 0
+        assert found["cache_hits"] == 0
+        losses.append([record["loss"] for record in records if record["kind"] == "step"])
+    assert losses[1:] == losses[:1] * 3
+    assert 'ane_qos = "user-initiated"' in (tmp_path / "flag" / "config.toml").read_text()
+    assert left_in(tmp_path / "tmp") == []
 
 
 def test_the_train_verb(built: Path, tmp_path: Path) -> None:

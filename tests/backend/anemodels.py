@@ -83,10 +83,13 @@ def simulator(model: Model) -> Simulator:
     return model.ane.device.simulator
 
 
-def attach(model: Model, device: Simulator, *, scaling: int = 1, softmax_cpu: int = 0, async_dw: int = 1) -> None:
+def attach(
+    model: Model, device: Simulator, *, scaling: int = 1, softmax_cpu: int = 0, async_dw: int = 1, fallback: int = 0
+) -> None:
     """Put a model of the CPU on a simulator, with options that the Python API does not show."""
     options = ffi.new("anellm_ane_options *")
     options.scaling, options.softmax_cpu, options.async_dw = scaling, softmax_cpu, async_dw
+    options.fallback = fallback
     check(lib.anellm_model_attach_ane(model._pointer, device.pointer, options))
 
 

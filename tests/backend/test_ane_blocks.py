@@ -235,6 +235,22 @@ def test_flops_are_those_of_the_programs_and_of_the_cpu() -> None:
     assert stats.ane_flops >= MHA.n_layers * (2 * linear + 7 * scores)
     assert stats.ane_flops < 1.5 * MHA.n_layers * (2 * linear + 7 * scores)
     assert 0 < stats.flops_share < 1
+    assert (stats.total_ane_flops, stats.total_cpu_flops) == (stats.ane_flops, stats.cpu_flops)
+    model.forward(tokens, targets, training=False)
+    more = model.ane.stats()
+    assert more.ane_flops < stats.ane_flops
+    assert more.cpu_flops == 2 * N * d * MHA.vocab_size
+    assert more.total_ane_flops == stats.ane_flops + more.ane_flops
+    assert more.total_cpu_flops == stats.cpu_flops + more.cpu_flops
+
+
+def test_flops_of_a_compact_vocabulary() -> None:
+    tokens, targets = batch(MHA, 1, 32)
+    model = sim_model(MHA)
+    ids = np.unique(np.concatenate([tokens, targets], axis=None)).astype(np.int32)
+    model.compact_vocabulary(ids, equalize=True)
+    model.forward(tokens, targets, training=False)
+    assert model.ane.stats().cpu_flops == 2 * 32 * MHA.dim * (len(ids) + 1) < 2 * 32 * MHA.dim * MHA.vocab_size
 
 
 def test_at_most_16_programs_whatever_is_evaluated() -> None:

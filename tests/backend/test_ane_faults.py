@@ -129,7 +129,7 @@ def test_programs_have_one_output_so_nothing_can_be_swapped(trained: Callable[[s
 def test_a_program_that_does_not_compile(fault: str, softmax: str) -> None:
     names = FORWARD[softmax] + BACKWARD[softmax]
     for number in range(len(names)):
-        t = sim_model(MHA, softmax=softmax, numerics="fast")
+        t = sim_model(MHA, softmax=softmax, numerics="fast", fallback="error")
         tokens, targets = batch(MHA, 2, 20)
         simulator(t).inject(fault, after=number, count=1)
         with pytest.raises(errors.CompileError, match=r"program (\w+) for B = 2, T = 20: .*injected") as raised:
@@ -142,7 +142,7 @@ def test_a_program_that_does_not_compile(fault: str, softmax: str) -> None:
 
 def test_no_compiles_left() -> None:
     """A model that compiles beyond a process's budget says so, and what it has goes on."""
-    model = sim_model(MHA, numerics="fast")
+    model = sim_model(MHA, numerics="fast", fallback="error")
     tokens, targets = batch(MHA, 1, 8)
     loss = model.forward(tokens, targets, training=False)
     device = simulator(model)

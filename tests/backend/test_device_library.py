@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from anellm._ffi import check, ffi, lib, text
+from anellm.device import device_library
 from anellm.errors import InvalidError, UnavailableError, UnsupportedError
 from anellm.sim import load_chip
 
@@ -50,6 +51,16 @@ def test_a_device_in_a_library(tmp_path: Path) -> None:
     assert counters.compiles == 42
     with pytest.raises(UnsupportedError, match='"test" is no simulator'):
         check(lib.anellm_sim_idle(device, 1.0))
+    with pytest.raises(UnsupportedError, match='"test" has no quality of service'):
+        check(lib.anellm_ane_set_qos(device, 21))
+    with pytest.raises(UnsupportedError, match='"test" has no quality of service'):
+        check(lib.anellm_ane_get_qos(device, ffi.new("anellm_ane_qos *")))
+    with pytest.raises(InvalidError, match="qos is 64; it must be 0 to 63, or -1"):
+        check(lib.anellm_ane_set_qos(device, 64))
+    with pytest.raises(InvalidError, match="device is NULL"):
+        check(lib.anellm_ane_set_qos(ffi.NULL, 21))
+    with pytest.raises(InvalidError, match="qos is NULL"):
+        check(lib.anellm_ane_get_qos(device, ffi.NULL))
     lib.anellm_ane_close(device)
     source.write_text("int nothing;")
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "other.so")], check=True)
@@ -95,3 +106,22 @@ def test_null_and_ranges() -> None:
     lib.anellm_ane_surface_free(null)
     lib.anellm_ane_close(device)
     lib.anellm_ane_close(null)
+
+
+def test_the_library_beside_a_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANELLM_ANE_DEVICE", raising=False)
+    monkeypatch.setenv("ANELLM_ANE_FRAMEWORK", str(tmp_path / "framework.so"))
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert device_library() is None
+    (tmp_path / "libane_device.so").touch()
+    assert device_library() == str(tmp_path / "libane_device.so")
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert device_library() is None  # the built-in one takes another framework
+    monkeypatch.setenv("ANELLM_ANE_DEVICE", str(tmp_path / "other.so"))
+    assert device_library() == str(tmp_path / "other.so")
+    monkeypatch.delenv("ANELLM_ANE_DEVICE")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setenv("ANELLM_ANE_FRAMEWORK", " ")
+    monkeypatch.chdir(tmp_path)
+    assert device_library() is None

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anellm import bench, evaluate, generate, info, metrics, train
+from anellm import ane, bench, evaluate, generate, info, metrics, train
+from anellm.ane import AneDevice
 from anellm.config import ModelConfig
+from anellm.device import AneOptions
 from anellm.model import Model
 from anellm.tokenizer import Tokenizer
 
@@ -48,19 +50,20 @@ def test_train_on_the_simulated_engine(capsys: pytest.CaptureFixture[str]) -> No
     cpu_keys = {key for record in metrics.read(Path("cpu")) for key in record}
     assert not cpu_keys & {"loss_scale", "skipped", "rescales", "max_activation", "modelled_ms"}
     config = tomllib.loads(Path("ane-sim/config.toml").read_text())
-    names = ("device", "chip", "numerics", "ane_scaling", "ane_softmax")
-    assert [config[name] for name in names] == ["ane-sim", "m4", "fast", "on", "ane"]
+    names = ("device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_fallback")
+    assert [config[name] for name in names] == ["ane-sim", "m4", "fast", "on", "ane", "cpu"]
     config = tomllib.loads(Path("cpu/config.toml").read_text())
     assert [name for name in names if name in config] == ["device"]
 
 
 def test_the_options_reach_the_engine() -> None:
-    more = ["--chip", "m2", "--numerics", "exact", "--ane-scaling", "off", "--ane-softmax", "cpu", "--quiet"]
+    more = ["--chip", "m2", "--numerics", "exact", "--ane-scaling", "off", "--ane-softmax", "cpu"]
+    more += ["--ane-fallback", "error", "--quiet"]
     assert train.main([*SMALL, "--device", "ane-sim", *more, "--out", "r"]) == 0
     first = next(iter(metrics.read(Path("r"))))
     assert first == {
         "kind": "device", "step": 0, "device": "ane-sim", "chip": "m2", "numerics": "exact", "ane_scaling": "off",
-        "ane_softmax": "cpu",
+        "ane_softmax": "cpu", "ane_fallback": "error",
     }  # fmt: skip
     # The run's own config repeats it, and --resume stays with its device, whatever the environment says.
     assert train.main(["--config", "r/config.toml", "--out", "again", "--quiet"]) == 0
@@ -105,6 +108,37 @@ def test_skips_are_named_in_the_end(capsys: pytest.CaptureFixture[str], monkeypa
     assert summary["skips"] == {"program ffn_bwd_w2, layer 3, dy": 1, "program attn_fwd, layer 0": 1}
     assert summary["skipped_steps"] == 2
     assert summary["loss_scale"] == 128.0
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_refused_program_is_one_line(
+    quiet: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warning is there with --quiet too; the last lines and the JSON say what the CPU computed instead."""
+    opened = ane.AneDevice.__init__
+
+    def with_a_fault(self: AneDevice, name: str, options: AneOptions) -> None:
+        opened(self, name, options)
+        assert self.simulator is not None
+        self.simulator.inject("load-fails", after=0, count=1)
+
+    monkeypatch.setattr(ane.AneDevice, "__init__", with_a_fault)
+    argv = [*SMALL, "--device", "ane-sim", *(["--quiet"] if quiet else [])]
+    assert train.main([*argv, "--out", "r", "--json", "o.json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "anellm train: warning: the Neural Engine refused program attn_fwd for B = 2, T = 16: an injected fault "
+        "(com.apple.appleneuralengine code 6: Program load failure (0x20004)); the CPU computes attention forward and "
+        "backward in all layers\n"
+    )
+    assert "on the CPU for want of a program: attention forward and backward (for attn_fwd is refused)" in captured.out
+    summary = json.loads(Path("o.json").read_text())
+    assert [each["program"] for each in summary["fallbacks"]] == ["attn_fwd"]
+    assert 0.1 < summary["ane_flops_share"] < 0.6
+    assert train.main([*argv, "--out", "s", "--ane-fallback", "error"]) == 5
+    err = capsys.readouterr().err
+    assert err.startswith("anellm train: error: program attn_fwd for B = 2, T = 16: an injected fault")
+    assert err.count("\n") == 1
 
 
 def test_a_trace_has_a_row_for_the_engine(tmp_path: Path) -> None:
@@ -152,7 +186,8 @@ def test_evaluate(model: Path, capsys: pytest.CaptureFixture[str], numerics: str
     assert ane["loss"] == pytest.approx(cpu["loss"], abs=2e-3)
     assert (ane["windows"], ane["tokens"], ane["numerics"]) == (7, 7 * 64, numerics)
     assert ane.keys() - cpu.keys() == {
-        "device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_flops_share", "modelled_ms"
+        "device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_flops_share", "ane_flops", "cpu_flops",
+        "modelled_ms", "ane_fallback", "fallbacks",
     }  # fmt: skip
     # Seven windows are a batch of four and one of three: the second is evaluated by the same programs.
     assert evaluate.main([*argv, *more, "--max-windows", "4", "--json", "four.json"]) == 0
@@ -187,6 +222,8 @@ def test_what_is_refused(model: Path, capsys: pytest.CaptureFixture[str], monkey
             ("--numerics", "exact"),
             ("--ane-scaling", "on"),
             ("--ane-softmax", "ane"),
+            ("--ane-fallback", "cpu"),
+            ("--ane-qos", "auto"),
         ):
             for device in ((), ("--device", "cpu")):
                 err = refused(main, capsys, 2, *given, flag, value, *device)
@@ -195,9 +232,19 @@ def test_what_is_refused(model: Path, capsys: pytest.CaptureFixture[str], monkey
         err = refused(main, capsys, 2, *given, "--device", "ane-sim", "--chip", "m44")
         assert "chip: unknown name 'm44'; did you mean m4?" in err
         assert "none.json" in refused(main, capsys, 4, *given, "--device", "ane-sim", "--chip", "none.json")
-        for flag, known in (("--numerics", "exact, fast"), ("--ane-scaling", "on, off"), ("--ane-softmax", "ane, cpu")):
+        for flag, known in (
+            ("--numerics", "exact, fast"),
+            ("--ane-scaling", "on, off"),
+            ("--ane-softmax", "ane, cpu"),
+            ("--ane-fallback", "cpu, error"),
+        ):
             err = refused(main, capsys, 2, *given, "--device", "ane-sim", flag, "x")
             assert f"{flag}: expected one of {known}, found 'x'" in err
+        err = refused(main, capsys, 2, *given, "--device", "ane-sim", "--ane-qos", "default")
+        assert "--ane-qos: only for --device ane, found --device ane-sim" in err
+        err = refused(main, capsys, 2, *given, "--device", "ane", "--ane-qos", "utilty")
+        assert "--ane-qos: expected one of auto, background" in err
+        assert "did you mean utility?" in err
         monkeypatch.setattr("platform.system", lambda: "Linux")
         assert "device ane: the Apple Neural Engine needs macOS" in refused(main, capsys, 5, *given, "--device", "ane")
         assert "expected one of auto, cpu, ane, ane-sim" in refused(main, capsys, 2, *given, "--device", "npu")

@@ -66,8 +66,8 @@ def test_lines_and_report(capsys: pytest.CaptureFixture[str]) -> None:
     report = capsys.readouterr().out.splitlines()
     assert (report[0], report[-1]) == ("```text", "```")
     labels = [line.split(":")[0] for line in report[1:-1]]
-    assert labels[:9] == [
-        "anellm", "device", "ane", "cpu variant", "cpu features", "threads", "memory", "python", "packages",
+    assert labels[:10] == [
+        "anellm", "device", "ane", "auto", "cpu variant", "cpu features", "threads", "memory", "energy", "python",
     ]  # fmt: skip
     assert all(label in plain for label in labels)
     assert (info.why_no_ane() or "available") in plain

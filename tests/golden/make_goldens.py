@@ -1,7 +1,7 @@
-"""Record what PyTorch computes for small Llama models, for test_torch_goldens.py.
+"""Record what PyTorch computes for small Llama and GPT-2 models, for test_torch_goldens.py.
 
-Run with `python tests/golden/make_goldens.py` where PyTorch 2.13.0 (CPU) is installed; the tests themselves need only
-the .npz files that it writes. The model below is the mathematics of transformers' Llama and Qwen3 in plain PyTorch
+Run with `python tests/golden/make_goldens.py [FOLDER [NAME ...]]` where PyTorch 2.13.0 (CPU) is installed; the tests
+themselves need only the .npz files that it writes. GPT-2 is in torch_gpt2.py; the Llama below is the mathematics of transformers' Llama and Qwen3 in plain PyTorch
 (half-split rotary embedding, grouped key/value heads, SwiGLU, optional q/k norm), computed in float64 from fp32
 weights, so that the numbers are PyTorch's without its fp32 rounding. The fp32 run is done as well, and how far it is
 off is stored, to tell what an fp32 engine can be asked for.
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch_gpt2
 
 STEPS = 20
 LR, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -47,11 +48,29 @@ CASES: dict[str, dict[str, object]] = {
         "max_seq_len": 48, "norm_eps": 1e-5, "rope_theta": 10000.0, "tie_embeddings": True, "qk_norm": False,
         "B": 2, "T": 37,
     },
+    "gpt2_bias_tanh": {
+        "arch": "gpt2", "dim": 36, "hidden_dim": 144, "n_layers": 2, "n_heads": 4, "vocab_size": 61,
+        "padded_vocab_size": 128, "max_seq_len": 24, "norm_eps": 1e-5, "bias": True, "gelu": "tanh", "B": 3, "T": 13,
+    },
+    "gpt2_erf": {
+        "arch": "gpt2", "dim": 20, "hidden_dim": 80, "n_layers": 3, "n_heads": 4, "vocab_size": 47,
+        "padded_vocab_size": 47, "max_seq_len": 11, "norm_eps": 1e-5, "bias": False, "gelu": "erf", "B": 2, "T": 11,
+    },
+    "gpt2_bias_erf_odd": {
+        "arch": "gpt2", "dim": 21, "hidden_dim": 50, "n_layers": 1, "n_heads": 3, "vocab_size": 37,
+        "padded_vocab_size": 39, "max_seq_len": 40, "norm_eps": 1e-6, "bias": True, "gelu": "erf", "B": 2, "T": 37,
+    },
+    "gpt2_tanh_one_head": {
+        "arch": "gpt2", "dim": 7, "hidden_dim": 28, "n_layers": 2, "n_heads": 1, "vocab_size": 11,
+        "padded_vocab_size": 16, "max_seq_len": 8, "norm_eps": 1e-5, "bias": False, "gelu": "tanh", "B": 1, "T": 5,
+    },
 }  # fmt: skip
 
 
 def make_weights(c: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Draw fp32 weights: matrices of the scale that keeps activations near 1, norms uniform in [0.5, 1.5]."""
+    if c.get("arch") == "gpt2":
+        return torch_gpt2.make_weights(c, generator)
 
     def matrix(out: int, fan_in: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(out, fan_in, generator=generator) * (scale / fan_in**0.5)
@@ -98,6 +117,8 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
 
 def forward(c: dict, w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits (B, T, vocab_size) of tokens (B, T)."""
+    if c.get("arch") == "gpt2":
+        return torch_gpt2.forward(c, w, tokens)
     B, T = tokens.shape
     H, KV, D, eps = c["n_heads"], c["n_kv_heads"], c["head_dim"], c["norm_eps"]
     x = w["model.embed_tokens.weight"][tokens]
@@ -192,11 +213,12 @@ def record(name: str, c: dict, seed: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Record every case into the folder given, or the one of this file."""
+    """Record every case, or those named, into the folder given, or the one of this file."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     torch.set_num_threads(1)
     for seed, (name, case) in enumerate(CASES.items(), 1):
-        record(name, case, seed, folder)
+        if not sys.argv[2:] or name in sys.argv[2:]:
+            record(name, case, seed, folder)
 
 
 if __name__ == "__main__":

@@ -62,15 +62,20 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_cases_cover_what_they_should() -> None:
-    configs = [Golden(name).config for name in CASES]
+    configs = [config for name in CASES if (config := Golden(name).config).arch == "llama"]
     assert {c.tie_embeddings for c in configs} == {True, False}
     assert {c.n_kv_heads == c.n_heads for c in configs} == {True, False}
     assert {c.qk_norm for c in configs} == {True, False}
     assert any(c.q_dim != c.dim for c in configs)
+    gpt2 = [config for name in CASES if (config := Golden(name).config).arch == "gpt2"]
+    assert {(c.bias, c.gelu) for c in gpt2} == {(False, "tanh"), (False, "erf"), (True, "tanh"), (True, "erf")}
+    assert {c.padded_vocab_size > c.vocab_size for c in gpt2} == {True, False}
     for name in CASES:
         case = Golden(name)
         assert (case.targets == -100).any()
-        norms = [w for key, w in case.part("weight/").items() if w.ndim == 1]
+        weights = case.part("weight/").items()
+        norms = [w for key, w in weights if w.ndim == 1 and not key.endswith(".bias")]
+        assert all(np.abs(w).max() > 0.1 for key, w in weights if key.endswith(".bias"))
         assert all(w.min() >= 0.5 and w.max() <= 1.5 and np.abs(w - 1).max() > 0.1 for w in norms)
 
 

@@ -153,6 +153,8 @@ int anellm_ane_mlp_backward(void *state, const struct anellm_step *step, float *
     static const struct pass w2 = {ANELLM_ANE_FFN_BWD_W2, ANELLM_ANE_SCALE_DY, write_dy, read_dact};
     static const struct pass w13 = {ANELLM_ANE_FFN_BWD_W13, ANELLM_ANE_SCALE_DGATE_UP, write_dgate_up, read_dx_mlp};
     struct anellm_ane_engine *engine = state;
+    if (anellm_ane_on_cpu(engine, ANELLM_ANE_MLP_BACKWARD))
+        return anellm_ane_cpu_mlp_backward(engine, step, dx, dw, w, saved);
     struct work k = make_work(engine, step, dx, w, saved);
     float *h = step->workspace->h, *dact = step->workspace->scratch_a, *dgate_up = saved->gate_up;
 
@@ -291,6 +293,8 @@ int anellm_ane_attention_backward(void *state, const struct anellm_step *step, f
                                   const struct anellm_layer_saved *saved) {
     static const struct pass qkv = {ANELLM_ANE_QKV_BWD, ANELLM_ANE_SCALE_DQKV, write_dqkv, read_dx_attn};
     struct anellm_ane_engine *engine = state;
+    if (anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD))
+        return anellm_ane_cpu_attention_backward(engine, step, dx, dw, w, saved);
     const anellm_config *c = step->config;
     struct work k = make_work(engine, step, dx, w, saved);
     const int64_t ld = k.q + 2 * k.kv;

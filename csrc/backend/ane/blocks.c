@@ -17,7 +17,7 @@ static int ane_weights_changed(void *state) {
 }
 
 static double head_flops(const struct anellm_step *step) {
-    return 2.0 * (double)(step->B * step->T) * step->config->dim * step->config->vocab_size;
+    return 2.0 * (double)(step->B * step->T) * step->config->dim * (double)step->n_classes;
 }
 
 static int ane_classifier_forward(void *state, const struct anellm_step *step, float *losses, float *logits,

@@ -68,7 +68,29 @@ int anellm_ane_get_info(anellm_ane *device, anellm_ane_info *info) {
 int anellm_ane_get_error(anellm_ane *device, anellm_ane_error *error) {
     REQUIRE_POINTER(device);
     REQUIRE_POINTER(error);
-    return device->table->error(device, error);
+    memset(error, 0, sizeof *error);
+    return device->table->error != NULL ? device->table->error(device, error) : ANELLM_OK;
+}
+
+static int require_qos(const anellm_ane *device) {
+    if (device->table->set_qos != NULL) return ANELLM_OK;
+    return anellm_fail(ANELLM_UNSUPPORTED, "device \"%s\" has no quality of service", device->table->name);
+}
+
+int anellm_ane_set_qos(anellm_ane *device, int qos) {
+    REQUIRE_POINTER(device);
+    ANELLM_REQUIRE(qos >= ANELLM_ANE_QOS_AUTO && qos <= 63, "qos is %d; it must be 0 to 63, or %d", qos,
+                   ANELLM_ANE_QOS_AUTO);
+    ANELLM_TRY(require_qos(device));
+    return device->table->set_qos(device, qos);
+}
+
+int anellm_ane_get_qos(anellm_ane *device, anellm_ane_qos *qos) {
+    REQUIRE_POINTER(device);
+    REQUIRE_POINTER(qos);
+    ANELLM_TRY(require_qos(device));
+    memset(qos, 0, sizeof *qos);
+    return device->table->get_qos(device, qos);
 }
 
 static int check_files(const char *function, const anellm_ane_file *files, int64_t n_files) {

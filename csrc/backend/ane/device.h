@@ -23,7 +23,7 @@ struct anellm_ane_table {
     const char *name;
     void (*close)(anellm_ane *device); /* memory goes with the last object that belongs to the device */
     int (*counters)(anellm_ane *device, anellm_ane_counters *counters);
-    int (*error)(anellm_ane *device, anellm_ane_error *error);
+    int (*error)(anellm_ane *device, anellm_ane_error *error); /* NULL: only messages are known */
     int (*compile)(anellm_ane *device, anellm_ane_program **program, const char *mil, int64_t mil_bytes,
                    const anellm_ane_file *files, int64_t n_files);
     void (*program_free)(anellm_ane_program *program);
@@ -44,6 +44,8 @@ struct anellm_ane_table {
     int (*evaluate)(anellm_ane_program *program, anellm_ane_request *request);
     void (*request_free)(anellm_ane_request *request);
     int (*info)(anellm_ane *device, anellm_ane_info *info); /* NULL: only the name is known */
+    int (*set_qos)(anellm_ane *device, int qos);            /* NULL, as get_qos is then: it has no such thing */
+    int (*get_qos)(anellm_ane *device, anellm_ane_qos *qos);
 };
 
 /* Each device's own struct starts with one of these. */

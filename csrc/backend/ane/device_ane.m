@@ -37,7 +37,6 @@
 
 enum {
     OLDEST_MACOS = 15,     /* the first that compiles main<ios18> */
-    DEFAULT_QOS = 21,      /* QOS_CLASS_DEFAULT: what every published use passes (ANE.md 3.2) */
     PAGE_BYTES = 16384,    /* the kernel maps surfaces in these (ANE.md 3.6) */
     BACKOFF_SECONDS = 15   /* the compile service restarts after a failure (Q57) */
 };
@@ -53,6 +52,7 @@ static const int64_t MAX_SURFACE_BYTES = (int64_t)1 << 40;
 @end
 @protocol AneModel
 - (NSString *)hexStringIdentifier;
+- (BOOL)compiledModelExists;
 - (BOOL)compileWithQoS:(unsigned int)qos options:(NSDictionary *)options error:(NSError **)error;
 - (BOOL)loadWithQoS:(unsigned int)qos options:(NSDictionary *)options error:(NSError **)error;
 - (BOOL)unloadWithQoS:(unsigned int)qos error:(NSError **)error;
@@ -88,6 +88,7 @@ static struct {
     id<AneSurfaceClass> surface;
     id<AneRequestClass> request;
     id<AneDeviceInfoClass> info; /* nil: this framework has none */
+    int has_cache;               /* models answer compiledModelExists */
     anellm_ane_info known;       /* of this machine */
 } framework = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
@@ -99,15 +100,23 @@ static struct {
     double failed_at; /* seconds */
 } service = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
+/* What the process measured (choose_qos), once. */
+static struct {
+    pthread_mutex_t mutex;
+    anellm_ane_qos qos;
+} measured = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
 /* ---- objects ----------------------------------------------------------------------------------------------------- */
 
 struct ane_device {
     struct anellm_ane ane;
     _Atomic int64_t references; /* the handle and each object */
     pthread_mutex_t mutex;      /* one command in flight (Q67) */
-    unsigned int qos;
+    int qos;                    /* of programs to come; ANELLM_ANE_QOS_AUTO until it is measured */
+    int qos_measured;
     double backoff;             /* seconds */
     int64_t max_compiles;       /* 0: none known */
+    int use_cache;              /* of programs that macOS compiled before */
     anellm_ane_counters counters;
     anellm_ane_error error;
 };
@@ -130,6 +139,10 @@ struct ane_program {
     struct ane_device *device;
     _Atomic int64_t references; /* the handle and its requests */
     int loaded;
+    unsigned int qos; /* of all calls: which of them it matters for is not known */
+    int from_cache;   /* it was not compiled here */
+    NSData *text;     /* what it is made of, which the framework keeps as well */
+    NSDictionary *weights;
     id<AneModel> model;
     struct ane_folder *folder;
     struct anellm_ane_signature *signature;
@@ -156,6 +169,7 @@ struct ane_request {
 };
 
 static const struct anellm_ane_table ane_table;
+static void settle_qos(struct ane_device *device);
 
 static struct ane_device *as_device(anellm_ane *device) { return (struct ane_device *)(void *)device; }
 static struct ane_program *as_program(anellm_ane_program *program) { return (struct ane_program *)(void *)program; }
@@ -228,7 +242,7 @@ static void release_device(struct ane_device *device) {
 static int unload_body(void *call) {
     struct ane_program *program = call;
     NSError *error = nil;
-    if (![program->model unloadWithQoS:program->device->qos error:&error])
+    if (![program->model unloadWithQoS:program->qos error:&error])
         return failed(program->device, ANELLM_COMPILE, "unloadWithQoS", error);
     program->loaded = 0;
     program->device->counters.loaded--;
@@ -266,7 +280,9 @@ static int remove_folder(struct ane_device *device, const struct ane_folder *fol
     NSError *error = nil;
     int status = ANELLM_OK;
     const int gate = close_gate(), others = folder->lock >= 0 && flock(folder->lock, LOCK_EX | LOCK_NB) != 0;
-    if (!others && ![[NSFileManager defaultManager] removeItemAtPath:folder->path error:&error])
+    /* Disassemblies of the framework show that its own unload may remove it. */
+    if (!others && [[NSFileManager defaultManager] fileExistsAtPath:folder->path] &&
+        ![[NSFileManager defaultManager] removeItemAtPath:folder->path error:&error])
         status = failed(device, ANELLM_COMPILE, "a program's folder cannot be removed", error);
     if (folder->lock >= 0) close(folder->lock);
     open_gate(gate);
@@ -296,6 +312,8 @@ static int release_model(void *call) {
     id<AneModel> model = program->model;
     program->model = nil;
     [(id)model release];
+    [program->text release];
+    [program->weights release];
     return ANELLM_OK;
 }
 
@@ -495,24 +513,48 @@ struct compile_call {
     const anellm_ane_file *files;
 };
 
+/* Whether macOS has it compiled. It keeps what it compiled, beyond the process, by the hash of text, weights and
+ * options that hexStringIdentifier is, and loadWithQoS: looks there first (Q62). */
+static int is_compiled(const struct ane_program *program) {
+    if (!framework.has_cache || !program->device->use_cache) return 0;
+    @try {
+        return [program->model compiledModelExists] ? 1 : 0;
+    } @catch (id exception) {
+        (void)exception; /* what cannot be asked for is not there */
+        return 0;
+    }
+}
+
+static int compile_model(struct ane_program *program) {
+    struct ane_device *device = program->device;
+    NSError *error = nil;
+    ANELLM_TRY(begin_compile(device));
+    NSString *folder = program->folder->path; /* the service reads from there (Q58) */
+    ANELLM_TRY(write_file(program, program->text, [folder stringByAppendingPathComponent:@"model.mil"]));
+    ANELLM_TRY(write_weights(program, program->weights));
+    const BOOL ok = [program->model compileWithQoS:program->qos options:@{} error:&error];
+    end_compile(ok);
+    program->from_cache = 0;
+    return ok ? ANELLM_OK : failed(device, ANELLM_COMPILE, "compileWithQoS", error);
+}
+
 static int compile_body(void *argument) {
     const struct compile_call *call = argument;
     struct ane_program *program = call->program;
     struct ane_device *device = program->device;
-    NSError *error = nil;
     NSData *text = [NSData dataWithBytes:call->mil length:(NSUInteger)call->mil_bytes]; /* never a string (Q13) */
     NSDictionary *weights = weights_of(call->files, call->n_files);
+    program->text = [text retain];
+    program->weights = [weights retain];
     id descriptor = [framework.descriptor modelWithMILText:text weights:weights optionsPlist:nil];
     if (descriptor == nil) return failed(device, ANELLM_COMPILE, "modelWithMILText answered nil", nil);
     program->model = [[framework.model inMemoryModelWithDescriptor:descriptor] retain];
     if (program->model == nil) return failed(device, ANELLM_COMPILE, "inMemoryModelWithDescriptor answered nil", nil);
     ANELLM_TRY(enter_folder(program));
-    NSString *folder = program->folder->path; /* the service reads from there (Q58) */
-    ANELLM_TRY(write_file(program, text, [folder stringByAppendingPathComponent:@"model.mil"]));
-    ANELLM_TRY(write_weights(program, weights));
-    const BOOL ok = [program->model compileWithQoS:device->qos options:@{} error:&error];
-    end_compile(ok);
-    return ok ? ANELLM_OK : failed(device, ANELLM_COMPILE, "compileWithQoS", error);
+    program->from_cache = is_compiled(program);
+    if (!program->from_cache) return compile_model(program);
+    device->counters.cache_hits++;
+    return ANELLM_OK;
 }
 
 static int compile_locked(struct compile_call *call) {
@@ -523,7 +565,6 @@ static int compile_locked(struct compile_call *call) {
     const int status = anellm_ane_signature_read(&program->signature, why, sizeof why, call->mil, call->mil_bytes);
     if (status == ANELLM_COMPILE) return refuse(device, status, why);
     ANELLM_TRY(status);
-    ANELLM_TRY(begin_compile(device));
     return guarded(device, ANELLM_COMPILE, "compile", compile_body, call);
 }
 
@@ -531,6 +572,7 @@ static int ane_compile(anellm_ane *ane, anellm_ane_program **out, const char *mi
                        const anellm_ane_file *files, int64_t n_files) {
     struct ane_device *device = as_device(ane);
     ANELLM_TRY(check_paths(files, n_files));
+    settle_qos(device);
     struct ane_program *program = calloc(1, sizeof *program);
     if (program == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for a program");
     struct compile_call call = {program, mil, mil_bytes, n_files, files};
@@ -539,6 +581,7 @@ static int ane_compile(anellm_ane *ane, anellm_ane_program **out, const char *mi
     program->references = 1;
     atomic_fetch_add(&device->references, 1);
     pthread_mutex_lock(&device->mutex);
+    program->qos = (unsigned int)device->qos;
     const int status = compile_locked(&call);
     if (status == ANELLM_COMPILE) device->counters.compile_failures++;
     pthread_mutex_unlock(&device->mutex);
@@ -552,11 +595,21 @@ static int ane_compile(anellm_ane *ane, anellm_ane_program **out, const char *mi
 
 /* ---- loading ----------------------------------------------------------------------------------------------------- */
 
+static int load_model(struct ane_program *program) {
+    NSError *error = nil;
+    if ([program->model loadWithQoS:program->qos options:@{} error:&error]) return ANELLM_OK;
+    return failed(program->device, ANELLM_COMPILE, "loadWithQoS", error);
+}
+
 static int load_body(void *call) {
     struct ane_program *program = call;
-    NSError *error = nil;
-    if (![program->model loadWithQoS:program->device->qos options:@{} error:&error])
-        return failed(program->device, ANELLM_COMPILE, "loadWithQoS", error);
+    int status = load_model(program);
+    if (status != ANELLM_OK && program->from_cache) { /* macOS has given it up, or what it has is damaged */
+        status = compile_model(program);
+        if (status == ANELLM_COMPILE) program->device->counters.compile_failures++;
+        if (status == ANELLM_OK) status = load_model(program);
+    }
+    ANELLM_TRY(status);
     program->loaded = 1;
     program->device->counters.loaded++;
     program->device->counters.loads++;
@@ -816,11 +869,11 @@ static int ane_request_create(anellm_ane_program *ane, anellm_ane_request **out,
 
 static int evaluate_body(void *call) {
     const struct ane_request *request = call;
-    struct ane_device *device = request->program->device;
+    const struct ane_program *program = request->program;
     NSError *error = nil;
-    if ([request->program->model evaluateWithQoS:device->qos options:@{} request:request->request error:&error])
+    if ([program->model evaluateWithQoS:program->qos options:@{} request:request->request error:&error])
         return ANELLM_OK;
-    return failed(device, ANELLM_EVAL, "evaluateWithQoS", error);
+    return failed(program->device, ANELLM_EVAL, "evaluateWithQoS", error);
 }
 
 static int is_locked(struct ane_surface *surface) {
@@ -853,6 +906,146 @@ static int ane_evaluate(anellm_ane_program *ane, anellm_ane_request *request) {
     return status;
 }
 
+/* ---- quality of service ------------------------------------------------------------------------------------------ */
+
+/* A product of the input with itself; surfaces of the least size (Q09). */
+static const char probe_text[] =
+    "program(1.3)\n"
+    "[buildInfo = dict<string, string>({{\"coremlc-component-MIL\", \"3510.2.1\"}, "
+    "{\"coremlc-version\", \"3505.4.1\"}, {\"coremltools-component-milinternal\", \"\"}, "
+    "{\"coremltools-version\", \"9.0\"}})]\n"
+    "{\n"
+    "    func main<ios18>(tensor<fp16, [1, 64, 1, 64]> a_input0) {\n"
+    "        tensor<fp16, [1, 64, 1, 64]> z_output0 = mul(x = a_input0, y = a_input0)[name = string(\"z_output0\")];\n"
+    "    } -> (z_output0);\n"
+    "}\n";
+enum { PROBE_BYTES = 49152, PROBE_WARM_UP = 5, PROBE_TIMED = 31 };
+static const double PROBE_MARGIN = 0.9;
+
+static struct ane_device *new_device(int qos, double backoff, int64_t max_compiles, int use_cache) {
+    struct ane_device *device = calloc(1, sizeof *device);
+    if (device == NULL || pthread_mutex_init(&device->mutex, NULL) != 0) {
+        free(device);
+        return NULL;
+    }
+    device->ane.table = &ane_table;
+    device->references = 1;
+    device->qos = qos;
+    device->backoff = backoff;
+    device->max_compiles = max_compiles;
+    device->use_cache = use_cache;
+    return device;
+}
+
+static int compare_times(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The first calls are slow (Q61). */
+static int time_evaluations(anellm_ane_program *program, anellm_ane_request *request, double *us) {
+    double times[PROBE_TIMED];
+    for (int i = 0; i < PROBE_WARM_UP; i++) ANELLM_TRY(ane_evaluate(program, request));
+    for (int i = 0; i < PROBE_TIMED; i++) {
+        const double start = now_seconds();
+        ANELLM_TRY(ane_evaluate(program, request));
+        times[i] = 1e6 * (now_seconds() - start);
+    }
+    qsort(times, PROBE_TIMED, sizeof *times, compare_times);
+    *us = times[PROBE_TIMED / 2];
+    return ANELLM_OK;
+}
+
+/* Time one class on a device of its own, whose counters and errors are nobody's. Whether it is worth going on: a
+ * compile that is refused is not tried again, because the service restarts (Q57). */
+static int probe_qos(const struct ane_device *model, int qos, double *us) {
+    const int32_t index = 0;
+    anellm_ane_program *program = NULL;
+    anellm_ane_surface *surfaces[2] = {NULL, NULL};
+    anellm_ane_request *request = NULL;
+    struct ane_device *device = new_device(qos, model->backoff, model->max_compiles, model->use_cache);
+    if (device == NULL) return 0;
+    const int compiled = ane_compile(&device->ane, &program, probe_text, (int64_t)sizeof probe_text - 1, NULL, 0);
+    int status = compiled;
+    if (status == ANELLM_OK) status = ane_load(program);
+    for (int i = 0; i < 2 && status == ANELLM_OK; i++)
+        status = ane_surface_create(&device->ane, &surfaces[i], PROBE_BYTES);
+    if (surfaces[0] != NULL && surfaces[1] != NULL)
+        ane_request_create(program, &request, 0, surfaces, &index, 1, surfaces + 1, &index, 1);
+    if (request != NULL) time_evaluations(program, request, us);
+    if (request != NULL) ane_request_free(request);
+    for (int i = 0; i < 2; i++) {
+        if (surfaces[i] != NULL) ane_surface_free(surfaces[i]);
+    }
+    if (program != NULL) ane_program_free(program);
+    release_device(device);
+    return compiled == ANELLM_OK;
+}
+
+/* The default, which every published use passes, unless another is faster by a tenth at least, so that noise decides
+ * nothing: one M3 Pro took 42 % less under 9, M4 and M5 do not mind (ANE.md 3.2). Of several the fastest. */
+static int32_t choose_qos(const anellm_ane_qos *qos) {
+    double limit = 0.0;
+    int32_t best = ANELLM_ANE_QOS_DEFAULT;
+    for (int i = 0; i < ANELLM_ANE_N_QOS; i++) {
+        if (qos->values[i] == ANELLM_ANE_QOS_DEFAULT) limit = PROBE_MARGIN * qos->us[i];
+    }
+    for (int i = 0; i < ANELLM_ANE_N_QOS; i++) {
+        if (qos->us[i] <= 0.0 || qos->us[i] >= limit) continue;
+        limit = qos->us[i];
+        best = qos->values[i];
+    }
+    return best;
+}
+
+static void measure_qos(const struct ane_device *device, anellm_ane_qos *qos) {
+    static const int32_t values[ANELLM_ANE_N_QOS] = {ANELLM_ANE_QOS_BACKGROUND, ANELLM_ANE_QOS_UTILITY,
+                                                     ANELLM_ANE_QOS_DEFAULT, ANELLM_ANE_QOS_USER_INITIATED,
+                                                     ANELLM_ANE_QOS_USER_INTERACTIVE};
+    memcpy(qos->values, values, sizeof values);
+    for (int i = 0; i < ANELLM_ANE_N_QOS; i++) {
+        if (!probe_qos(device, values[i], &qos->us[i])) break;
+    }
+    qos->value = choose_qos(qos);
+    qos->measured = 1;
+}
+
+/* Measure what is to be measured, on first use. */
+static void settle_qos(struct ane_device *device) {
+    pthread_mutex_lock(&device->mutex);
+    const int settled = device->qos != ANELLM_ANE_QOS_AUTO;
+    pthread_mutex_unlock(&device->mutex);
+    if (settled) return;
+    pthread_mutex_lock(&measured.mutex);
+    if (!measured.qos.measured) measure_qos(device, &measured.qos);
+    pthread_mutex_unlock(&measured.mutex);
+    pthread_mutex_lock(&device->mutex);
+    if (device->qos == ANELLM_ANE_QOS_AUTO) {
+        device->qos = measured.qos.value;
+        device->qos_measured = 1;
+    }
+    pthread_mutex_unlock(&device->mutex);
+}
+
+static int ane_set_qos(anellm_ane *ane, int qos) {
+    struct ane_device *device = as_device(ane);
+    pthread_mutex_lock(&device->mutex);
+    device->qos = qos;
+    device->qos_measured = 0;
+    pthread_mutex_unlock(&device->mutex);
+    return ANELLM_OK;
+}
+
+static int ane_get_qos(anellm_ane *ane, anellm_ane_qos *qos) {
+    struct ane_device *device = as_device(ane);
+    settle_qos(device);
+    pthread_mutex_lock(&device->mutex);
+    if (device->qos_measured) *qos = measured.qos; /* does not change any more */
+    qos->value = device->qos;
+    pthread_mutex_unlock(&device->mutex);
+    return ANELLM_OK;
+}
+
 static const struct anellm_ane_table ane_table = {
     .name = "ane",
     .close = ane_close,
@@ -875,6 +1068,8 @@ static const struct anellm_ane_table ane_table = {
     .evaluate = ane_evaluate,
     .request_free = ane_request_free,
     .info = ane_info,
+    .set_qos = ane_set_qos,
+    .get_qos = ane_get_qos,
 };
 
 /* ---- opening ----------------------------------------------------------------------------------------------------- */
@@ -935,6 +1130,8 @@ static int find_classes(void *unused) {
     if (framework.model == nil) return ANELLM_UNAVAILABLE;
     framework.surface = find_class(@"_ANEIOSurfaceObject", @selector(objectWithIOSurface:), NULL);
     if (framework.surface == nil) return ANELLM_UNAVAILABLE;
+    framework.has_cache =
+        [(Class)(id)framework.model instancesRespondToSelector:@selector(compiledModelExists)] ? 1 : 0;
     framework.request = find_class(@"_ANERequest",
                                    @selector(requestWithInputs:inputIndices:outputs:outputIndices:weightsBuffer:
                                                      perfStats:procedureIndex:),
@@ -990,21 +1187,25 @@ static int read_number(double *out, const char *name, double missing, double low
                        name, low, high, text);
 }
 
+/* "on" or "off" from the environment, or `missing`. */
+static int read_switch(int *out, const char *name, int missing) {
+    const char *text = getenv(name);
+    *out = missing;
+    if (text == NULL || text[0] == '\0') return ANELLM_OK;
+    *out = strcmp(text, "on") == 0;
+    if (*out || strcmp(text, "off") == 0) return ANELLM_OK;
+    return anellm_fail(ANELLM_INVALID, "environment variable %s: expected on or off, found \"%.40s\"", name, text);
+}
+
 int anellm_ane_apple_open(anellm_ane **out, const anellm_ane_profile *profile) {
     double qos, backoff;
+    int use_cache;
     *out = NULL;
-    ANELLM_TRY(read_number(&qos, "ANELLM_ANE_QOS", DEFAULT_QOS, 0, 63));
+    ANELLM_TRY(read_number(&qos, "ANELLM_ANE_QOS", ANELLM_ANE_QOS_AUTO, 0, 63));
     ANELLM_TRY(read_number(&backoff, "ANELLM_ANE_BACKOFF", BACKOFF_SECONDS, 0, 600));
-    struct ane_device *device = calloc(1, sizeof *device);
-    if (device == NULL || pthread_mutex_init(&device->mutex, NULL) != 0) {
-        free(device);
-        return anellm_fail(ANELLM_NOMEM, "no memory for a device");
-    }
-    device->ane.table = &ane_table;
-    device->references = 1;
-    device->qos = (unsigned int)qos;
-    device->backoff = backoff;
-    device->max_compiles = profile->max_compiles;
+    ANELLM_TRY(read_switch(&use_cache, "ANELLM_ANE_CACHE", 1));
+    struct ane_device *device = new_device((int)qos, backoff, profile->max_compiles, use_cache);
+    if (device == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for a device");
     pthread_mutex_lock(&framework.mutex);
     const int status = framework.ready ? ANELLM_OK : resolve_framework(device);
     pthread_mutex_unlock(&framework.mutex);

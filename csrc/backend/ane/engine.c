@@ -90,15 +90,18 @@ static void drop_set(struct anellm_ane_engine *engine, int index) {
     engine->sets[index] = engine->sets[--engine->n_sets];
 }
 
-static int is_used(const struct anellm_ane_engine *engine, int id, int training) {
-    return anellm_ane_program_used(id, &engine->config, training, engine->options.softmax_cpu);
+/* Whether a set needs the program: one that the model evaluates, and the CPU has not taken its part. */
+static int is_used(const struct anellm_ane_engine *engine, const struct anellm_ane_set *set, int id, int training) {
+    const int parts = anellm_ane_parts_without(id), on_cpu = set == NULL ? 0 : set->on_cpu;
+    return anellm_ane_program_used(id, &engine->config, training, engine->options.softmax_cpu) &&
+           (parts & on_cpu) != parts;
 }
 
 /* How many programs the set lacks. */
 static int count_missing(const struct anellm_ane_engine *engine, const struct anellm_ane_set *set, int training) {
     int n = 0;
     for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id)
-        n += is_used(engine, id, training) && (set == NULL || set->programs[id].handle == NULL);
+        n += is_used(engine, set, id, training) && (set == NULL || set->programs[id].handle == NULL);
     return n;
 }
 
@@ -142,10 +145,31 @@ static void make_room(struct anellm_ane_engine *engine, const struct anellm_ane_
     }
 }
 
+/* The CPU takes the parts of a refused program; their other programs have nothing to do. */
+static void take_to_cpu(struct anellm_ane_engine *engine, struct anellm_ane_set *set, int id) {
+    set->on_cpu |= anellm_ane_parts_without(id);
+    for (int other = 0; other < ANELLM_ANE_N_PROGRAMS; ++other)
+        if (!is_used(engine, set, other, 1)) close_program(engine, &set->programs[other]);
+}
+
+static int open_or_refuse(struct anellm_ane_engine *engine, struct anellm_ane_set *set, int id) {
+    if (!engine->options.fallback) return open_program(engine, set, id);
+    if (!anellm_ane_is_refused(&engine->refusals, id, &set->shape)) {
+        const int status = open_program(engine, set, id);
+        if (status != ANELLM_COMPILE) return status;
+        anellm_ane_note_refusal(&engine->refusals, id, &set->shape, engine->device);
+        engine->stats.n_refusals = engine->refusals.n;
+    }
+    take_to_cpu(engine, set, id);
+    return ANELLM_OK;
+}
+
+/* Those of forward first: where they are refused, some of backward need not be tried. */
 static int complete_set(struct anellm_ane_engine *engine, struct anellm_ane_set *set, int training) {
-    for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id)
-        if (is_used(engine, id, training) && set->programs[id].handle == NULL)
-            ANELLM_TRY(open_program(engine, set, id));
+    for (int backward = 0; backward <= training; ++backward)
+        for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id)
+            if (is_used(engine, set, id, backward) && set->programs[id].handle == NULL)
+                ANELLM_TRY(open_or_refuse(engine, set, id));
     return ANELLM_OK;
 }
 
@@ -189,6 +213,13 @@ int anellm_ane_use(struct anellm_ane_engine *engine, int64_t B, int64_t T, int t
     return anellm_block_reserve(&engine->buffers, (size_t)anellm_ane_buffer_bytes(&engine->config, B * T));
 }
 
+void anellm_ane_begin_pass(struct anellm_ane_engine *engine) {
+    engine->stats.total_ane_flops += engine->stats.ane_flops;
+    engine->stats.total_cpu_flops += engine->stats.cpu_flops;
+    engine->stats.ane_flops = engine->stats.cpu_flops = 0.0;
+    memset(engine->activations, 0, (size_t)engine->config.n_layers * sizeof *engine->activations);
+}
+
 struct anellm_ane_scale *anellm_ane_scale_at(struct anellm_ane_engine *engine, int64_t layer, int boundary) {
     return &engine->scales[layer * ANELLM_ANE_N_SCALES + boundary];
 }
@@ -224,12 +255,13 @@ static int check_flag(const char *name, int32_t value) {
 
 int anellm_ane_engine_create(struct anellm_ane_engine **out, const anellm_config *config, anellm_ane *device,
                              const anellm_ane_options *options) {
-    const anellm_ane_options plain = {.scaling = 1, .softmax_cpu = 0, .async_dw = 1};
+    const anellm_ane_options plain = {.scaling = 1, .softmax_cpu = 0, .async_dw = 1, .fallback = 1};
     int64_t bytes = 0;
     if (options == NULL) options = &plain;
     ANELLM_TRY(check_flag("scaling", options->scaling));
     ANELLM_TRY(check_flag("softmax_cpu", options->softmax_cpu));
     ANELLM_TRY(check_flag("async_dw", options->async_dw));
+    ANELLM_TRY(check_flag("fallback", options->fallback));
     ANELLM_TRY(anellm_ane_memory(&bytes, config, 1, 1, 1, options)); /* UNSUPPORTED when no chip takes it */
     struct anellm_ane_engine *engine = calloc(1, sizeof *engine);
     if (engine == NULL) return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for a handle");

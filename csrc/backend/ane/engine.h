@@ -8,6 +8,7 @@
 #ifndef ANELLM_ANE_ENGINE_H
 #define ANELLM_ANE_ENGINE_H
 
+#include "backend/ane/fallback.h"
 #include "backend/ane/jobs.h"
 #include "backend/ane/layout.h"
 #include "backend/ane/program.h"
@@ -43,6 +44,7 @@ struct anellm_ane_program_state {
 struct anellm_ane_set {
     struct anellm_ane_shape shape;
     int64_t last_use;
+    int on_cpu;                 /* parts: fallback.h */
     struct anellm_ane_program_state programs[ANELLM_ANE_N_PROGRAMS];
 };
 
@@ -57,10 +59,11 @@ struct anellm_ane_engine {
     int64_t clock, generation;    /* of sets' last use; of the weights, from 1 */
     struct anellm_ane_scale *scales; /* (n_layers, ANELLM_ANE_N_SCALES) */
     float *activations;           /* (n_layers) */
-    anellm_ane_stats stats;
+    anellm_ane_stats stats;       /* its totals without the pass in work */
     float result;                 /* max |value| read from the output of the last evaluation, as it stood there */
     struct anellm_ane_jobs jobs;
     struct anellm_block buffers;  /* what jobs read: blocks.c */
+    struct anellm_ane_refusals refusals;
 };
 
 /* The model's own entries beside the block table: model/ane.c. */
@@ -73,6 +76,14 @@ void anellm_ane_engine_free(struct anellm_ane_engine *engine);
  * ANELLM_ANE_MAX_PROGRAMS, a longer set that fits serves; without one, the set that was not used for longest goes, those
  * of inference first. */
 int anellm_ane_use(struct anellm_ane_engine *engine, int64_t B, int64_t T, int training);
+
+/* Whether the CPU computes that part of the batch in work. */
+static inline int anellm_ane_on_cpu(const struct anellm_ane_engine *engine, enum anellm_ane_part part) {
+    return (engine->set->on_cpu & (int)part) != 0;
+}
+
+/* A forward begins: its operations count from here. */
+void anellm_ane_begin_pass(struct anellm_ane_engine *engine);
 
 /* The scale of one layer and enum anellm_ane_boundary. */
 struct anellm_ane_scale *anellm_ane_scale_at(struct anellm_ane_engine *engine, int64_t layer, int boundary);

@@ -126,6 +126,22 @@ static int save_attn(struct anellm_ane_engine *engine, int id, const struct anel
     return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(id, step->layer, "output attn is infinite");
 }
 
+/* Where the CPU computes the backward: what it needs, from the outputs q, k, v. After save_raw, whose scratch
+ * saved->qkv is. */
+static int save_for_cpu(struct anellm_ane_engine *engine, int id, const struct anellm_step *step,
+                        const struct anellm_layer_saved *saved) {
+    const int64_t q = anellm_q_dim(step->config), kv = anellm_kv_dim(step->config), ld = q + 2 * kv;
+    const struct anellm_ane_place places[] = {{id, ANELLM_ANE_OUT, step->layer, "q"},
+                                              {id, ANELLM_ANE_OUT, step->layer, "k"},
+                                              {id, ANELLM_ANE_OUT, step->layer, "v"}};
+    int64_t n_inf = 0;
+    ANELLM_TRY(anellm_ane_get(engine, saved->qkv, ld, &places[0], 0, 0, &n_inf));
+    ANELLM_TRY(anellm_ane_get(engine, saved->qkv + q, ld, &places[1], 0, 0, &n_inf));
+    ANELLM_TRY(anellm_ane_get(engine, saved->qkv + q + kv, ld, &places[2], 0, 0, &n_inf));
+    if (n_inf > 0) return anellm_ane_nonfinite(id, step->layer, "output q, k or v is infinite");
+    return anellm_ane_cpu_attention_taps(engine, step, saved);
+}
+
 static int attention_fused(struct anellm_ane_engine *engine, const struct anellm_step *step, float *mid,
                            const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     enum { ID = ANELLM_ANE_ATTN_FWD, TO = ANELLM_ANE_SDPA_BWD1 };
@@ -136,6 +152,7 @@ static int attention_fused(struct anellm_ane_engine *engine, const struct anellm
     ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));
     if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, ID, step, w, saved));
     if (!step->training) return ANELLM_OK;
+    if (anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD)) return save_for_cpu(engine, ID, step, saved);
     ANELLM_TRY(save_attn(engine, ID, step, saved));
     return copy_taps(engine, taps, 3, step->layer);
 }
@@ -158,7 +175,8 @@ static int softmax_on_cpu(struct anellm_ane_engine *engine, const struct anellm_
     if (status == ANELLM_OK) status = ended;
     if (status == ANELLM_OK && n_inf > 0)
         status = anellm_ane_nonfinite(ANELLM_ANE_ATTN_SCORES, step->layer, "output scores is infinite");
-    if (status == ANELLM_OK && step->training) status = anellm_ane_copy(engine, &kept, &p, 0, &n_inf);
+    if (status == ANELLM_OK && step->training && !anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD))
+        status = anellm_ane_copy(engine, &kept, &p, 0, &n_inf);
     return status;
 }
 
@@ -177,12 +195,14 @@ static int attention_split(struct anellm_ane_engine *engine, const struct anellm
     ANELLM_TRY(anellm_ane_run(engine, SCORES, step->layer));
     ANELLM_TRY(copy_taps(engine, v_tap, 1, step->layer));
     ANELLM_TRY(softmax_on_cpu(engine, step));
-    if (step->training) ANELLM_TRY(copy_taps(engine, taps, 3, step->layer));
+    const int on_cpu = anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD);
+    if (step->training && !on_cpu) ANELLM_TRY(copy_taps(engine, taps, 3, step->layer));
     if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, SCORES, step, w, saved));
+    if (step->training && on_cpu) ANELLM_TRY(save_for_cpu(engine, SCORES, step, saved));
     ANELLM_TRY(anellm_ane_run(engine, VALUES, step->layer));
     ANELLM_TRY(copy_taps(engine, attn_tap, 1, step->layer));
     ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));
-    return step->training ? save_attn(engine, VALUES, step, saved) : ANELLM_OK;
+    return step->training && !on_cpu ? save_attn(engine, VALUES, step, saved) : ANELLM_OK;
 }
 
 /* mid (N, dim) = x + attention(norm(x)) */
@@ -190,11 +210,12 @@ int anellm_ane_attention_forward(void *state, const struct anellm_step *step, fl
                                  const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     struct anellm_ane_engine *engine = state;
     const anellm_config *c = step->config;
-    if (step->layer == 0) {
+    if (step->layer == 0 && !step->again) {
         ANELLM_TRY(anellm_ane_use(engine, step->B, step->T, step->training));
-        engine->stats.ane_flops = engine->stats.cpu_flops = 0.0;
-        memset(engine->activations, 0, (size_t)c->n_layers * sizeof(float));
+        anellm_ane_begin_pass(engine);
     }
+    if (anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_FORWARD))
+        return anellm_ane_cpu_attention_forward(engine, step, mid, w, saved);
     const int64_t start = anellm_trace_begin();
     ANELLM_TRY(anellm_rmsnorm_forward(step->workspace->h, c->dim, saved->attn_rstd, saved->x, c->dim, w->attn_norm,
                                       step->B * step->T, c->dim, c->norm_eps));
@@ -205,10 +226,8 @@ int anellm_ane_attention_forward(void *state, const struct anellm_step *step, fl
 
 /* ---- mlp --------------------------------------------------------------------------------------------------------- */
 
-/* out (N, dim) = mid + mlp(norm(mid)) */
-int anellm_ane_mlp_forward(void *state, const struct anellm_step *step, float *out,
-                           const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
-    struct anellm_ane_engine *engine = state;
+static int mlp_on_device(struct anellm_ane_engine *engine, const struct anellm_step *step, float *out,
+                         const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     const anellm_config *c = step->config;
     const int64_t N = step->B * step->T, dim = c->dim, hidden = c->hidden_dim;
     enum { ID = ANELLM_ANE_FFN_FWD };
@@ -222,11 +241,24 @@ int anellm_ane_mlp_forward(void *state, const struct anellm_step *step, float *o
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
     ANELLM_TRY(put_input(engine, &x, h));
     ANELLM_TRY(evaluate_tail(engine, &tail, N));
-    const float mid_most = absmax(saved->mid, N * dim), out_most = absmax(out, N * dim);
-    engine->activations[step->layer] = mid_most > out_most ? mid_most : out_most;
     if (!step->training) return ANELLM_OK;
     int64_t n_inf = 0;
     ANELLM_TRY(anellm_ane_get(engine, saved->gate_up, 2 * hidden, &gate, 0, 0, &n_inf));
     ANELLM_TRY(anellm_ane_get(engine, saved->gate_up + hidden, 2 * hidden, &up, 0, 0, &n_inf));
     return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(ID, step->layer, "output gate or up is infinite");
+}
+
+/* out (N, dim) = mid + mlp(norm(mid)) */
+int anellm_ane_mlp_forward(void *state, const struct anellm_step *step, float *out,
+                           const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
+    struct anellm_ane_engine *engine = state;
+    const int64_t n = step->B * step->T * step->config->dim;
+    if (anellm_ane_on_cpu(engine, ANELLM_ANE_MLP_FORWARD)) {
+        ANELLM_TRY(anellm_ane_cpu_mlp_forward(engine, step, out, w, saved));
+    } else {
+        ANELLM_TRY(mlp_on_device(engine, step, out, w, saved));
+    }
+    const float mid_most = absmax(saved->mid, n), out_most = absmax(out, n);
+    engine->activations[step->layer] = mid_most > out_most ? mid_most : out_most;
+    return ANELLM_OK;
 }

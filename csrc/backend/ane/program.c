@@ -100,6 +100,8 @@ static int check_extent(const char *program, const char *what, int64_t value, in
 static int check_shape(const struct anellm_ane_shape *shape) {
     ANELLM_REQUIRE(shape->config != NULL, "config is NULL");
     ANELLM_TRY(anellm_config_check(shape->config));
+    if (shape->config->arch != ANELLM_ARCH_LLAMA)
+        return anellm_fail(ANELLM_UNSUPPORTED, "a GPT-2 has no Neural Engine programs: use the device cpu");
     ANELLM_REQUIRE(shape->B > 0, "B is %lld; it must be positive", (long long)shape->B);
     ANELLM_REQUIRE(shape->T > 0, "T is %lld; it must be positive", (long long)shape->T);
     return ANELLM_OK;

@@ -2,7 +2,7 @@
  * is in none stops the loader. This file has the frameworks: Accelerate as the shim that the kernel tests use, and the
  * Objective-C ones, which are not here. Their functions end the process with their name, and where an object or a class
  * belongs stands an address at which nothing is mapped: device_ane.m does not come so far, as the system (libsystem.c)
- * has no framework for it. tests/apple/test_objc_device.py runs that file. */
+ * has no framework for it, and power_apple.m is not asked. tests/apple/test_objc_*.py run those files. */
 #include <Accelerate/Accelerate.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,6 +19,7 @@
     F("IOSurface", IOSurfaceLock)                                                                                      \
     F("IOSurface", IOSurfaceUnlock)                                                                                    \
     F("libSystem.B.dylib", _Unwind_Resume)                                                                             \
+    F("libSystem.B.dylib", proc_pid_rusage)                                                                            \
     F("libobjc.A.dylib", __objc_personality_v0)                                                                        \
     F("libobjc.A.dylib", objc_autoreleasePoolPop)                                                                      \
     F("libobjc.A.dylib", objc_autoreleasePoolPush)                                                                     \
@@ -59,6 +60,7 @@ const struct binding machorun_frameworks[] = {
     OBJECT("CoreFoundation", "___NSDictionary0__"),
     OBJECT("Foundation", "_OBJC_CLASS_$_NSFileManager"),
     OBJECT("Foundation", "_OBJC_CLASS_$_NSNumber"),
+    OBJECT("Foundation", "_OBJC_CLASS_$_NSProcessInfo"),
     OBJECT("Foundation", "_OBJC_CLASS_$_NSString"),
     OBJECT("IOSurface", "_kIOSurfaceAllocSize"),
     OBJECT("IOSurface", "_kIOSurfaceBytesPerElement"),

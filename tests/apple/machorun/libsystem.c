@@ -423,12 +423,13 @@ const struct binding machorun_libsystem[] = {
      * order. */
     THE_SAME(bzero), THE_SAME(free), THE_SAME(memchr), THE_SAME(memcmp), THE_SAME(memcpy), THE_SAME(posix_memalign),
     THE_SAME(qsort), THE_SAME(strchr), THE_SAME(strcmp), THE_SAME(strcpy), THE_SAME(strcspn), THE_SAME(strlen),
-    THE_SAME(strncmp), THE_SAME(strncpy), THE_SAME(strstr), THE_SAME(getenv),
+    THE_SAME(strncmp), THE_SAME(strncpy), THE_SAME(strspn), THE_SAME(strstr), THE_SAME(getenv),
     THE_SAME(__memcpy_chk), THE_SAME(__memset_chk),
     ADAPTED(malloc), ADAPTED(calloc), ADAPTED(realloc), ADAPTED(memset_pattern16), ADAPTED(strtod), ADAPTED(strtol),
     ADAPTED(vsnprintf), LIBSYSTEM("_snprintf", variadic_snprintf), LIBSYSTEM("___snprintf_chk", variadic_snprintf_chk),
     LIBSYSTEM("___error", macos_error), ADAPTED(strerror),
     /* Files and the system. */
+    THE_SAME(getpid),
     LIBSYSTEM("_open", variadic_open), ADAPTED(close), ADAPTED(mkdir), ADAPTED(flock), ADAPTED(mmap), ADAPTED(munmap),
     ADAPTED(mprotect), ADAPTED(clock_gettime), ADAPTED(nanosleep), ADAPTED(sysconf), ADAPTED(sysctlbyname),
     ADAPTED(dlopen), ADAPTED(dlerror), ADAPTED(dlsym),

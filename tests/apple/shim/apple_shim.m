@@ -1,15 +1,17 @@
-/* IOSurface, CoreFoundation and sysctl for GNUstep on Linux: strict where Apple's would crash or corrupt.
+/* IOSurface, CoreFoundation, sysctl and libproc for GNUstep on Linux: strict where Apple's would crash or corrupt.
  *
  * "Toll-free bridging" here: a CFDictionaryRef or CFStringRef is the NSDictionary or NSString, an IOSurfaceRef is a
  * ShimSurface. Memory starts as garbage, because nothing promises zeros. */
 #import <Foundation/Foundation.h>
 #import <IOSurface/IOSurface.h>
 #include <errno.h>
+#include <libproc.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sysctl.h>
+#include <unistd.h>
 
 enum { PAGE = 16384 };
 
@@ -158,3 +160,30 @@ int sysctlbyname(const char *name, void *out, size_t *bytes, void *new_value, si
     *bytes = needed;
     return 0;
 }
+
+/* ---- energy and heat --------------------------------------------------------------------------------------------- */
+
+static uint64_t process_energy;
+
+void shim_process_energy(uint64_t nanojoules) { process_energy = nanojoules; }
+
+int proc_pid_rusage(int pid, int flavor, rusage_info_t *buffer) {
+    REQUIRE(pid == (int)getpid() && flavor == RUSAGE_INFO_V6, "proc_pid_rusage of %d, flavor %d", pid, flavor);
+    struct rusage_info_v6 *usage = (struct rusage_info_v6 *)(void *)buffer;
+    memset(usage, 0, sizeof *usage);
+    usage->ri_billed_energy = 7; /* another count, of no use */
+    usage->ri_energy_nj = process_energy;
+    return fails("rusage") ? -1 : 0;
+}
+
+/* GNUstep's has none. SHIM_THERMAL is the state's number. */
+@interface NSProcessInfo (ShimThermal)
+- (NSInteger)thermalState;
+@end
+
+@implementation NSProcessInfo (ShimThermal)
+- (NSInteger)thermalState {
+    const char *text = getenv("SHIM_THERMAL");
+    return text != NULL ? atoi(text) : 0;
+}
+@end

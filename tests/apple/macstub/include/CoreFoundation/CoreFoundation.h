@@ -1,5 +1,5 @@
-/* The parts of CoreFoundation that IOSurface needs, as developer.apple.com/documentation/corefoundation declares
- * them. */
+/* The parts of CoreFoundation that IOSurface and IOReport need, as developer.apple.com/documentation/corefoundation
+ * declares them. */
 #ifndef ANELLM_STUB_COREFOUNDATION_H
 #define ANELLM_STUB_COREFOUNDATION_H
 

@@ -1,4 +1,4 @@
-/* What device_ane.m needs of CoreFoundation, over GNUstep: a CF reference is the Foundation object (apple_shim.m). */
+/* What the Objective-C sources need of CoreFoundation, over GNUstep: a CF reference is the Foundation object (apple_shim.m). */
 #ifndef SHIM_CORE_FOUNDATION_H
 #define SHIM_CORE_FOUNDATION_H
 
