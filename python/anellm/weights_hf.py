@@ -220,8 +220,9 @@ def read(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]
         raise errors.DataError(f"{config_path}: {error}") from None
     entries = _collect(directory)
     if config.n_layers > len(entries):  # before a table is made as long as config.json says
+        key = "n_layer" if config.arch == "gpt2" else "num_hidden_layers"
         raise errors.DataError(
-            f"{config_path}: num_hidden_layers: expected at most one a tensor ({len(entries)}), found {config.n_layers}"
+            f"{config_path}: {key}: expected at most one a tensor ({len(entries)}), found {config.n_layers}"
         )
     shapes = weights.file_shapes(config, config_path)
     entries = _named(directory, config, entries)
@@ -231,10 +232,11 @@ def read(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]
     for what, wrong in (("missing", missing), ("unexpected", entries.keys() - stored.keys())):
         if wrong:
             raise errors.DataError(f"{directory}: {what} tensors for its config.json: {weights.name_list(wrong)}")
-    for name, entry in entries.items():
-        if entry.shape != stored[name]:
+    for name, shape in stored.items():
+        if name in entries and entries[name].shape != shape:
             raise errors.DataError(
-                f"{entry.path}: tensor {name}: shape: expected {stored[name]} by config.json, found {entry.shape}"
+                f"{entries[name].path}: tensor {name}: shape: expected {shape} by config.json, "
+                f"found {entries[name].shape}"
             )
     if tied_head is not None:
         _compare_tied_head(tied_head, entries[hf_layout.EMBEDDINGS[config.arch]], config)
