@@ -103,7 +103,7 @@ def read(path: str | Path, config: ModelConfig) -> DebugState:
 
 
 def _rows(path: Path, config: ModelConfig, version: int, n_before: int) -> int:
-    """Return how many rows wte's gradient has, which in version 2 the file's size says.
+    """Return how many rows wte's gradient has: in version 2 as llm.c pads them, or as the model at hand has them.
 
     Args:
         path: the file.
@@ -112,18 +112,14 @@ def _rows(path: Path, config: ModelConfig, version: int, n_before: int) -> int:
         n_before: bytes before the gradients.
     """
     size = path.stat().st_size
-    least = n_before + 4 * n_values(config, config.vocab_size)
-    row_bytes = 4 * config.dim
-    if version == 1:
-        expected, fits = f"{least} bytes", size == least
-    else:
-        usual = n_before + 4 * n_values(config, file_rows(config))
-        expected = f"{usual} bytes (or another number of rows that pad the vocabulary)"
-        fits = size >= least and (size - least) % row_bytes == 0 and size <= usual + 2048 * row_bytes
-    if not fits:
-        what = "truncated, or of another model" if size < least else "too long, or of another model"
-        raise errors.DataError(f"{path}: size: expected {expected} for the model's shape, found {size} ({what})")
-    return config.vocab_size + (size - least) // row_bytes
+    rows = (config.vocab_size,) if version == 1 else (file_rows(config), config.padded_vocab_size)
+    sizes = {n_before + 4 * n_values(config, n_rows): n_rows for n_rows in rows}
+    if size not in sizes:
+        what = "truncated, or of another model" if size < max(sizes) else "too long, or of another model"
+        raise errors.DataError(
+            f"{path}: size: expected {' or '.join(map(str, sizes))} bytes for the model's shape, found {size} ({what})"
+        )
+    return sizes[size]
 
 
 def unpack(path: Path, values: npt.NDArray[Any], config: ModelConfig, n_rows: int) -> dict[str, npt.NDArray[Any]]:
