@@ -24,6 +24,7 @@ LIMIT_BYTES = 128 << 20
 _MOST_HOLES = 1 << 16  # ids that no token has, below the largest
 _END_NAMES = (DOCUMENT_SEPARATOR, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+GPT2_VOCAB_SIZE = 50257
 _GPT2_MERGES = "data/gpt2.bpe.zlib"  # OpenAI's vocab.bpe
 _SPACE = "\u2581"  # what stands for a space in vocabularies of sentencepiece's kind
 

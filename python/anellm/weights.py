@@ -213,7 +213,7 @@ def load_tokenizer(
         explicit: a tokenizer file of any kind, or None to look beside the model.
 
     Returns:
-        The tokenizer, or None when none is named and none is found.
+        The tokenizer, or None when none is named and none is found, and default_tokenizer() knows none.
 
     Raises:
         DataError: when the tokenizer has more tokens than the model knows, or its file is damaged.
@@ -222,7 +222,7 @@ def load_tokenizer(
 
     path = Path(explicit) if explicit is not None else find_tokenizer(model_path)
     if path is None:
-        return None
+        return default_tokenizer(config)
     tokenizer = load_tokenizer_file(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise errors.DataError(
@@ -230,6 +230,13 @@ def load_tokenizer(
             f"found {tokenizer.vocab_size}: this tokenizer belongs to another model"
         )
     return tokenizer
+
+
+def default_tokenizer(config: ModelConfig) -> BaseTokenizer | None:
+    """Return the tokenizer of a model that none lies beside: GPT-2's, for a GPT-2 with its vocabulary; else None."""
+    from anellm.tokenizer_json import GPT2_VOCAB_SIZE, JsonTokenizer
+
+    return JsonTokenizer.gpt2() if (config.arch, config.vocab_size) == ("gpt2", GPT2_VOCAB_SIZE) else None
 
 
 def load_pretrained(path: str | Path) -> Pretrained:
