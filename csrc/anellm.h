@@ -182,7 +182,12 @@ typedef struct {
 } anellm_config;
 int anellm_config_check(const anellm_config *config);
 
-enum anellm_tensor_kind { ANELLM_TENSOR_MATRIX = 0, ANELLM_TENSOR_EMBEDDING = 1, ANELLM_TENSOR_VECTOR = 2 };
+enum anellm_tensor_kind {
+    ANELLM_TENSOR_MATRIX = 0,
+    ANELLM_TENSOR_EMBEDDING = 1,
+    ANELLM_TENSOR_VECTOR = 2,
+    ANELLM_TENSOR_POSITIONS = 3                   /* a table like the embedding, of positions */
+};
 typedef struct {
     char name[128];                               /* Hugging Face name */
     int32_t kind, ndim;
@@ -518,6 +523,14 @@ int64_t anellm_trace_now(void);                   /* a steady clock, in ns */
 int anellm_trace_enable(int64_t capacity);        /* keep up to so many events; 0 stops. Forgets what was kept. */
 /* Move up to n events out, oldest first: how many, and how many were lost for want of room since the last call. */
 int anellm_trace_take(anellm_trace_event *events, int64_t n, int64_t *n_taken, int64_t *n_lost);
+/* Durations, summed by name and row while anybody counts: python/anellm/efficiency.py. */
+typedef struct {
+    char name[24];
+    int64_t row;
+    int64_t n, ns;                                /* spans, and their time, since the process began */
+} anellm_trace_sum;
+int anellm_trace_count(int on);                   /* one more who counts (1), or one less (0) */
+int anellm_trace_sums(anellm_trace_sum *sums, int64_t n, int64_t *n_found); /* the first n; how many there are */
 
 /* cffi:end */
 

@@ -7,11 +7,11 @@
  *     attention   mid = x   + attention(norm(x))        mlp   out = mid + mlp(norm(mid))
  *     classifier  loss = cross_entropy(head(norm(x)), targets)
  *
- * norm is RMSNorm in a Llama and LayerNorm in a GPT-2; a Llama's attention turns q and k (RoPE) and its mlp is SwiGLU, a
- * GPT-2's is GELU. Pointers that an architecture has no use for are NULL (a Llama has no biases and no means; a model
- * without q/k-norm has no qk_raw). Backward functions get the gradient of the block's output in `dx` and leave the gradient of its input
- * there; they add to (accumulate != 0) or overwrite the weight gradients of matrices, and always add to those of
- * vectors, which the model has zeroed. */
+ * norm is RMSNorm in a Llama and LayerNorm in a GPT-2; a Llama's attention turns q and k (RoPE) and its mlp is SwiGLU,
+ * a GPT-2's is GELU. Pointers that an architecture has no use for are NULL (a Llama has no biases and no means; a model
+ * without q/k-norm has no qk_raw). Backward functions get the gradient of the block's output in `dx` and leave the
+ * gradient of its input there; they add to (accumulate != 0) or overwrite the weight gradients of matrices, and always
+ * add to those of vectors, which the model has zeroed. */
 #ifndef ANELLM_BACKEND_BACKEND_H
 #define ANELLM_BACKEND_BACKEND_H
 
@@ -26,7 +26,7 @@ struct anellm_layer_weights {
     float *k_norm;     /* (head_dim) */
     float *wo;         /* (dim, q_dim) */
     float *mlp_norm;   /* (dim) */
-    float *gate_up;    /* (2 hidden_dim, dim): gate rows, then up rows; GPT-2: (hidden_dim, dim), what GELU is taken of */
+    float *gate_up;    /* (2 hidden_dim, dim): gate rows, then up rows; GPT-2: (hidden_dim, dim), what GELU gets */
     float *down;       /* (dim, hidden_dim) */
     /* Of the above, each as long as its rows. */
     float *attn_norm_bias, *qkv_bias, *wo_bias, *mlp_norm_bias, *gate_up_bias, *down_bias;
@@ -50,7 +50,7 @@ struct anellm_layer_saved {
     float *mid;        /* (N, dim) input of the mlp block */
     float *mlp_mean;   /* (N) */
     float *mlp_rstd;   /* (N) */
-    float *gate_up;    /* (N, rows of w->gate_up), without bias; backward overwrites it; NULL where the bf16 form is kept */
+    float *gate_up;    /* (N, rows of w->gate_up) without bias; backward overwrites it; NULL where bf16 is kept */
     uint16_t *gate_up_bf16;
 };
 struct anellm_head_saved {
@@ -133,8 +133,8 @@ int anellm_cpu_qk_norm_backward(float *dqk, int64_t ld, const struct anellm_laye
 
 /* Attention over a cache of keys and values; always on the CPU. k_cache, v_cache (n_kv_heads, max_tokens, head_dim)
  * hold `start` tokens; n are appended. x (n, dim) is replaced by x + attention(norm(x)). scratch: n * (dim + 2 q_dim +
- * 2 kv_dim) floats. rope_cos, rope_sin point at row `start` of their tables, or are NULL. Of w only norms and biases are
- * used. */
+ * 2 kv_dim) floats. rope_cos, rope_sin point at row `start` of their tables, or are NULL. Of w only norms and biases
+ * are used. */
 int anellm_cpu_attention_decode(const anellm_config *config, float *x, float *k_cache, float *v_cache,
                                 int64_t max_tokens, int64_t start, int64_t n, const float *rope_cos,
                                 const float *rope_sin, float *scratch, const struct anellm_layer_weights *w,

@@ -3,8 +3,8 @@
  *   forward    out = x + bias
  *   backward   dbias += sum over rows of dout             (in one order, whatever the number of threads)
  *
- * x, out, dout (N, dim) with row strides ld_* >= dim; bias, dbias (dim). out may be x (with the same stride); nothing else
- * may overlap. A table of positions is a bias as well: of B rows that are whole sequences, (B, T * dim). */
+ * x, out, dout (N, dim) with row strides ld_* >= dim; bias, dbias (dim). out may be x (with the same stride); nothing
+ * else may overlap. A table of positions is a bias as well: of B rows that are whole sequences, (B, T * dim). */
 #ifndef ANELLM_KERNELS_BIAS_H
 #define ANELLM_KERNELS_BIAS_H
 

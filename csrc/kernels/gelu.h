@@ -2,9 +2,9 @@
  * the normal distribution's Phi. It is computed on v = x + bias, so that the product before it needs no pass of its own
  * for the bias.
  *
- *   exact      gelu(v) = v Phi(v)                         gelu'(v) = Phi(v) + v phi(v),   phi(v) = exp(-v^2/2) / sqrt(2 pi)
- *   tanh       gelu(v) = v s,   s = (1 + tanh(u)) / 2,    gelu'(v) = s + v 2 s (1 - s) u',
- *              u = sqrt(2/pi) (v + 0.044715 v^3); s is 1 / (1 + exp(-2u))
+ *   exact      gelu(v) = v Phi(v),    gelu'(v) = Phi(v) + v phi(v),    phi(v) = exp(-v^2/2) / sqrt(2 pi)
+ *   tanh       gelu(v) = v s,         gelu'(v) = s + v 2 s (1 - s) u',  u = sqrt(2/pi) (v + 0.044715 v^3),
+ *              s = (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
  *   forward    out = gelu(x + bias)
  *   backward   dx = dout * gelu'(x + bias)                (the gradient of x; its column sums are that of bias)
  *
@@ -24,9 +24,9 @@ typedef void gelu_backward_fn(float *dx, const float *dout, const float *x, cons
  * Behind |v| = ANELLM_GELU_END both gates are 0 or 1 in fp32 whatever v is, and v^2 times 0 must not become NaN: the
  * gates are taken at v clamped to it.
  *
- * Phi(-t) = exp(-t^2/2) y P(y) with y = 1 / (1 + 0.35 t), for 0 <= t <= 16: the form of Abramowitz and Stegun, "Handbook
- * of Mathematical Functions", 7.1.26, with a P of degree 8 by our own Remez fit (relative error 3.3e-8). t^2 is carried
- * in two floats into the exponential. Phi is then within 4e-7 of its value, in the lower tail as well, where
+ * Phi(-t) = exp(-t^2/2) y P(y) with y = 1 / (1 + 0.35 t), for 0 <= t <= 16: the form of Abramowitz and Stegun,
+ * "Handbook of Mathematical Functions", 7.1.26, with a P of degree 8 by our own Remez fit (relative error 3.3e-8). t^2
+ * is carried in two floats into the exponential. Phi is then within 4e-7 of its value, in the lower tail as well, where
  * (1 + erf) / 2 has no digit left. */
 #define ANELLM_GELU_END 16.0f
 #define ANELLM_GELU_SHIFT 0.35f

@@ -64,7 +64,8 @@ ANELLM_TARGET_AVX2 void layernorm_backward_dx__avx2(float *dx, int64_t ld_dx, co
             for (int k = 0; k < 2; k++) {
                 const int64_t at = j + 8 * k;
                 const __m256i mask = anellm_mask_avx2(dim - at);
-                const __m256 g = _mm256_mul_ps(_mm256_maskload_ps(w + at, mask), _mm256_maskload_ps(dout_row + at, mask));
+                const __m256 d = _mm256_maskload_ps(dout_row + at, mask);
+                const __m256 g = _mm256_mul_ps(_mm256_maskload_ps(w + at, mask), d);
                 const __m256 z = _mm256_mul_ps(_mm256_sub_ps(_mm256_maskload_ps(row + at, mask), m), r);
                 sum[k] = _mm256_add_ps(sum[k], g);
                 /* g is 0 behind the row, but z need not be finite there. */

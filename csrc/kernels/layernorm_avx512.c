@@ -70,9 +70,10 @@ ANELLM_TARGET_AVX512 void layernorm_backward_dx__avx512(float *dx, int64_t ld_dx
                 dot[k] = _mm512_mask3_fmadd_ps(g, z, dot[k], mask);
             }
         }
-        const double scale = 1.0 / (double)dim;
-        const __m512 mean_g = _mm512_set1_ps((float)((double)anellm_sum_avx512(_mm512_add_ps(sum[0], sum[1])) * scale));
-        const __m512 mean_gz = _mm512_set1_ps((float)((double)anellm_sum_avx512(_mm512_add_ps(dot[0], dot[1])) * scale));
+        const double total = (double)anellm_sum_avx512(_mm512_add_ps(sum[0], sum[1]));
+        const double total_z = (double)anellm_sum_avx512(_mm512_add_ps(dot[0], dot[1]));
+        const __m512 mean_g = _mm512_set1_ps((float)(total / (double)dim));
+        const __m512 mean_gz = _mm512_set1_ps((float)(total_z / (double)dim));
         for (int64_t j = 0; j < dim; j += 16) {
             const __mmask16 mask = anellm_mask_avx512(dim - j);
             const __m512 g =

@@ -15,8 +15,9 @@ static int check_llama(const anellm_config *c) {
     ANELLM_REQUIRE(isfinite(c->rope_theta) && c->rope_theta >= 1.0, "rope_theta = %g, must be >= 1", c->rope_theta);
     ANELLM_REQUIRE(c->bias == 0, "bias = %d, must be 0: a Llama has no biases", c->bias);
     ANELLM_REQUIRE(c->gelu == 0, "gelu = %d, must be 0: a Llama has no GELU", c->gelu);
-    ANELLM_REQUIRE(anellm_table_rows(c) == c->vocab_size, "padded_vocab_size = %d, must be 0 or vocab_size = %d for a Llama",
-                   c->padded_vocab_size, c->vocab_size);
+    ANELLM_REQUIRE(anellm_table_rows(c) == c->vocab_size,
+                   "padded_vocab_size = %d, must be 0 or vocab_size = %d for a Llama", c->padded_vocab_size,
+                   c->vocab_size);
     return ANELLM_OK;
 }
 
@@ -27,7 +28,8 @@ static int check_gpt2(const anellm_config *c) {
     ANELLM_REQUIRE(c->n_kv_heads == c->n_heads, "n_kv_heads = %d, must be n_heads = %d for a GPT-2", c->n_kv_heads,
                    c->n_heads);
     ANELLM_REQUIRE((int64_t)c->n_heads * c->head_dim == c->dim,
-                   "head_dim = %d with n_heads = %d, must make up dim = %d for a GPT-2", c->head_dim, c->n_heads, c->dim);
+                   "head_dim = %d with n_heads = %d, must make up dim = %d for a GPT-2", c->head_dim, c->n_heads,
+                   c->dim);
     ANELLM_REQUIRE(c->tie_embeddings == 1, "tie_embeddings = 0, must be 1 for a GPT-2");
     ANELLM_REQUIRE(c->qk_norm == 0, "qk_norm = 1, must be 0 for a GPT-2");
     ANELLM_REQUIRE(c->rope_theta == 0.0, "rope_theta = %g, must be 0: a GPT-2's positions are learned", c->rope_theta);

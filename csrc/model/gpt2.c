@@ -78,7 +78,7 @@ static void gpt2_tensor(anellm_tensor_info *info, const anellm_config *c, int64_
         set_info(info, ANELLM_TENSOR_EMBEDDING, anellm_table_rows(c), c->dim, 0);
     } else if (index == 1) {
         snprintf(info->name, sizeof info->name, "transformer.wpe.weight");
-        set_info(info, ANELLM_TENSOR_EMBEDDING, c->max_seq_len, c->dim, tokens_size(c));
+        set_info(info, ANELLM_TENSOR_POSITIONS, c->max_seq_len, c->dim, tokens_size(c));
     } else if (which >= 0) {
         const int64_t layer = (index - 2) / layer_count(c);
         int64_t shape[2];
@@ -123,7 +123,7 @@ static struct anellm_head_weights gpt2_head_weights(const anellm_config *c, floa
     return (struct anellm_head_weights){.norm = norm, .norm_bias = c->bias ? norm + c->dim : NULL, .classifier = base};
 }
 
-/* ---- forward and backward: the walk over the layers is that of llama.c -------------------------------------------- */
+/* ---- forward and backward: the walk over the layers is that of llama.c ------------------------------------------ */
 
 static void gpt2_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *c, int64_t B, int64_t T,
                              const struct anellm_keep *keep) {
@@ -140,7 +140,7 @@ static int gpt2_backward(anellm_model *model, const int32_t *tokens, const int32
     return anellm_arch_llama.backward(model, tokens, targets, scale, accumulate);
 }
 
-/* ---- decoding with a cache ---------------------------------------------------------------------------------------- */
+/* ---- decoding with a cache -------------------------------------------------------------------------------------- */
 
 /* The matrices that decode reads: the classifier, which is the token table without its padding, then those of each
  * layer. */

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from anellm import checkpoint, safeio, saferead
 from anellm.ane import ModelEngine, share
+from anellm.efficiency import Efficiency
 from anellm.errors import CheckpointError, InvalidError
 from anellm.loss_scaler import LossScaler
 
@@ -86,6 +87,7 @@ class EngineRun:
     Attributes:
         engine: the model's engine, or None.
         scaler: the loss scale, or None where gradients are not scaled.
+        efficiency: where the time of the steps goes.
     """
 
     def __init__(self, engine: ModelEngine | None) -> None:
@@ -97,6 +99,7 @@ class EngineRun:
         self._steps = 0
         self._n_told = 0
         self._flops_before = self._total_flops()
+        self.efficiency = Efficiency()
 
     @property
     def scale(self) -> float:
@@ -126,6 +129,16 @@ class EngineRun:
     def begin_step(self) -> None:
         """Remember where the counters stand."""
         self._before = self._counts()
+        if self.engine is not None:
+            self.efficiency.begin(self._total_flops())
+
+    def end_step(self) -> None:
+        """Stop the time of a step."""
+        self.efficiency.end(self._total_flops())
+
+    def close(self) -> None:
+        """Stop counting."""
+        self.efficiency.close()
 
     def step_values(self, skipped: int, *, activations: bool) -> dict[str, Any]:
         """Return what metrics.jsonl says about a step besides, since begin_step().
@@ -185,6 +198,7 @@ class EngineRun:
             "modelled_ms_per_step": self._modelled_ms / max(1, self._steps - 1) if timed else None,
             "loss_scale": self.scale,
             **self._compiles(),
+            "efficiency": self.efficiency.summary(),
         }
 
     def _compiles(self) -> dict[str, int]:

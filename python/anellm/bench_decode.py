@@ -24,10 +24,12 @@ _SPEED = re.compile(r"achieved tok/s:\s*([0-9.]+)")
 
 
 def weight_bytes(model: Model) -> int:
-    """Return the bytes of weights that each token needs: all, but of a separate embedding table none to speak of."""
+    """Return the bytes of weights that each token needs: all, but of separate tables none to speak of."""
     total = 0
     for tensor in model.tensors:
         n = math.prod(tensor.shape)
+        if tensor.kind == "positions":
+            continue
         if tensor.kind == "vector" or model.weights == "fp32":
             total += 0 if tensor.kind == "embedding" and not model.config.tie_embeddings else 4 * n
         elif tensor.kind == "matrix" or model.config.tie_embeddings:

@@ -33,7 +33,7 @@ class TensorInfo(NamedTuple):
         name: the Hugging Face name.
         shape: (out, in) for matrices, (n,) for vectors.
         offset: first element, counted in floats.
-        kind: "matrix", "embedding" or "vector"; AdamW's ``decay="matrices"`` leaves vectors out.
+        kind: "matrix", "embedding", "positions" or "vector"; AdamW's ``decay="matrices"`` leaves vectors out.
     """
 
     name: str
@@ -97,7 +97,11 @@ def tensor_table(config: ModelConfig) -> list[TensorInfo]:
     n_tensors = ffi.new("int64_t *")
     check(lib.anellm_params_count(n_tensors, ffi.NULL, c))
     info = ffi.new("anellm_tensor_info *")
-    kinds = {lib.ANELLM_TENSOR_MATRIX: "matrix", lib.ANELLM_TENSOR_EMBEDDING: "embedding"}
+    kinds = {
+        lib.ANELLM_TENSOR_MATRIX: "matrix",
+        lib.ANELLM_TENSOR_EMBEDDING: "embedding",
+        lib.ANELLM_TENSOR_POSITIONS: "positions",
+    }
     table = []
     for i in range(n_tensors[0]):
         check(lib.anellm_params_info(info, c, i))
@@ -397,7 +401,7 @@ class Model:
             left_out = np.ones(self.config.vocab_size, bool)
             left_out[ids[(ids >= 0) & (ids < self.config.vocab_size)]] = False
             others = np.flatnonzero(left_out)
-            table = self.params["model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"]
+            table = self.params[self.tensors[0].name if self.config.tie_embeddings else "lm_head.weight"]
             if len(others):
                 table[others] = table[others[0]]
                 self.weights_changed()

@@ -16,6 +16,7 @@ from anellm.ane_run import count_skips, describe_engine
 from anellm.cli import EXIT_INTERRUPTED, Result, Verb
 from anellm.config import ModelConfig, TrainConfig
 from anellm.device import set_threads
+from anellm.efficiency import describe as describe_efficiency
 from anellm.machine import human_bytes, human_count
 from anellm.measure import perplexity
 from anellm.model import Model
@@ -151,6 +152,8 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         print(f"skipped {state.skipped_steps} steps:", ", ".join(f"{name} ({count})" for name, count in skips.items()))
     if result.ane:
         print(describe_engine(result.ane))
+        for line in describe_efficiency(result.ane["efficiency"]):
+            print(line)
     if energy := describe_energy(result.energy):
         print(f"energy: {energy}")
     if result.interrupted:

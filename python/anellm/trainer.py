@@ -283,11 +283,14 @@ class Trainer:
                 interrupted = self._stop and self.state.step < self.steps
                 if interrupted:
                     self._emit({"kind": "interrupt", "step": self.state.step})
+                if efficiency := self._ane.efficiency.summary():
+                    self._emit({"kind": "efficiency", "step": self.state.step, **efficiency})
                 self._save()
             out = None if self.run is None else self.run.path
             return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), self._energy.summary())
         finally:
             self._energy.close()
+            self._ane.close()
             if self.run is not None and self._owns_run:
                 self.run.close()
 
@@ -307,13 +310,14 @@ class Trainer:
         self._tell_fallbacks()
         bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
         if not bad:
-            with self._tracer.span("optimizer"):
+            with self._tracer.span("optimizer"), self._ane.efficiency.optimizer():
                 self.optimizer.step(lr, clip_scale(gradient.norm, config.max_grad_norm) / self._ane.scale)
             state.optimizer_step += 1
             state.bad_steps = 0
         tokens = config.batch_size * self.seq_len * n_micro
         state.tokens += tokens
         state.step += 1
+        self._ane.end_step()
         seconds = time.perf_counter() - start
         state.seconds += seconds
         self._loss = loss if math.isfinite(loss) else None

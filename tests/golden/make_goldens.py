@@ -1,10 +1,10 @@
 """Record what PyTorch computes for small Llama and GPT-2 models, for test_torch_goldens.py.
 
 Run with `python tests/golden/make_goldens.py [FOLDER [NAME ...]]` where PyTorch 2.13.0 (CPU) is installed; the tests
-themselves need only the .npz files that it writes. GPT-2 is in torch_gpt2.py; the Llama below is the mathematics of transformers' Llama and Qwen3 in plain PyTorch
-(half-split rotary embedding, grouped key/value heads, SwiGLU, optional q/k norm), computed in float64 from fp32
-weights, so that the numbers are PyTorch's without its fp32 rounding. The fp32 run is done as well, and how far it is
-off is stored, to tell what an fp32 engine can be asked for.
+themselves need only the .npz files that it writes. GPT-2 is in torch_gpt2.py; the Llama below is the mathematics of
+transformers' Llama and Qwen3 in plain PyTorch (half-split rotary embedding, grouped key/value heads, SwiGLU, optional
+q/k norm). All is computed in float64 from fp32 weights, so that the numbers are PyTorch's without its fp32 rounding;
+the fp32 run is done as well, and how far it is off is stored, to tell what an fp32 engine can be asked for.
 """
 
 from __future__ import annotations

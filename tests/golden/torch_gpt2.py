@@ -1,4 +1,4 @@
-"""GPT-2 in plain PyTorch, as make_goldens.py records it: the mathematics of Radford et al. 2019 and of nanoGPT's variant.
+"""GPT-2 in plain PyTorch, for make_goldens.py: the mathematics of Radford et al. 2019, and of nanoGPT's variant.
 
 Matrices are (out, in) as in anellm; transformers keeps the transpose of them (Conv1D).
 """

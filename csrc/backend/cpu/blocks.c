@@ -93,8 +93,8 @@ static int norm_backward(const anellm_config *c, float *dx, float *dw, float *db
 }
 
 /* out (N, dim) = residual + x (N, columns) Wᵀ, + b where there is one */
-static int add_product(const struct anellm_step *step, float *out, const float *residual, const float *x, const float *w,
-                       const float *b, int64_t N, int64_t columns) {
+static int add_product(const struct anellm_step *step, float *out, const float *residual, const float *x,
+                       const float *w, const float *b, int64_t N, int64_t columns) {
     const int64_t dim = step->config->dim;
     if (b == NULL)
         return anellm_matmul_residual(out, dim, residual, dim, x, columns, w, columns, N, dim, columns,
