@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anellm import checkpoint, errors
+from anellm import checkpoint, errors, tokens
 
 if TYPE_CHECKING:
     from anellm.config import ModelConfig
@@ -27,12 +27,8 @@ LLAMA2C_VERSIONS = {"llama2c": 0, "llama2c-v1": 1}  # format as users name it ->
 LLMC_VERSIONS = {"llmc": 3, "llmc-v1": 1, "llmc-v5": 5}
 FORMATS = ("hf", *LLAMA2C_VERSIONS, *LLMC_VERSIONS)  # that can be written
 
-# llm.c's other files, by the int32 that they begin with.
-LLMC_KINDS = {
-    20240327: "an llm.c debug state", 20240328: "an llm.c tokenizer", 20240520: "an llm.c token shard",
-    20240522: "an llm.c evaluation set", 20240527: "an llm.c optimizer state", 20240801: "an llm.c token shard",
-    20240803: "an llm.c Llama model",
-}  # fmt: skip
+# llm.c's files, by the int32 that they begin with.
+LLMC_KINDS = {**tokens.LLMC_OTHERS, **dict.fromkeys(tokens.LLMC, "an llm.c token shard")}
 # What other formats start with, to name them instead of calling their header damaged.
 _FOREIGN_MAGIC = {
     b"PK\x03\x04": "a PyTorch (pickle) file",

@@ -218,6 +218,14 @@ def test_gpt2_for_any_text() -> None:
     assert (values["format"], values["vocab_size"], values["documents"]) == ("anellm", 50257, 40)
     expected = [token for story in STORIES for token in (*gpt2.encode(story), 50256)]
     assert [*ids("a", "train"), *ids("a", "val")] == expected
+    # Shards of either of llm.c's and llm.metal's kinds train alike.
+    weights = []
+    for kind, more in (("llmc", ()), ("int32", ("--token-dtype", "int32"))):
+        run("stories.txt", "--tokenizer", "gpt2", "--out", kind, "--val-tokens", "50", "--format", kind)
+        small = [*SMALL, "--data", kind, "--out", f"r-{kind}", *more]
+        assert train.main(small) == 0
+        weights.append(Path(f"r-{kind}/step_00000002/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_characters(capsys: pytest.CaptureFixture[str]) -> None:
