@@ -416,7 +416,9 @@ enum anellm_ane_field_kind {
     ANELLM_ANE_FIELD_WEIGHTS_T = 2,               /* channel = column of the matrix */
     ANELLM_ANE_FIELD_SCORES = 3                   /* channel h*Tp + i, column b*Tp + j: query i, key j of head h */
 };
-enum { ANELLM_ANE_MAX_FIELDS = 8, ANELLM_ANE_MAX_FILES = 8 };
+enum { ANELLM_ANE_MAX_FIELDS = 8, ANELLM_ANE_MAX_FILES = 12 };
+/* How programs have their weights: as inputs, one program for all layers; or as constants, programs for each layer. */
+enum anellm_ane_mode { ANELLM_ANE_DYNAMIC = 0, ANELLM_ANE_STATIC = 1 };
 typedef struct anellm_ane_field {                 /* a place in a surface */
     const char *name;
     int64_t channel, column, channels, columns;
@@ -433,7 +435,7 @@ typedef struct {
     int32_t backward;                             /* evaluated in the backward pass; else in the forward pass */
     int32_t softmax_cpu;                          /* 0: only with the softmax on the engine, 1: the CPU, -1: always */
     int32_t evaluations;                          /* per layer and micro-step, where it is used */
-    int32_t reserved;
+    int32_t mode;                                 /* enum anellm_ane_mode; -1: of both */
     double flops;                                 /* of an evaluation: 2 x multiply-adds of its matrix products */
     anellm_ane_io input, output;
     int64_t mil_bytes;
@@ -441,7 +443,10 @@ typedef struct {
     int64_t file_bytes[ANELLM_ANE_MAX_FILES];
     char file_paths[ANELLM_ANE_MAX_FILES][64];    /* "@model_path/weights/mask.bin" */
 } anellm_ane_program_info;
-/* Programs by index, from 0; RANGE after the last, UNSUPPORTED when a dimension is beyond what any chip takes. */
+/* The mode of a program, as above; RANGE after the last. */
+int anellm_ane_program_mode(int index, int32_t *mode);
+/* Programs by index, from 0; RANGE after the last, UNSUPPORTED when a dimension is beyond what any chip takes. Weights
+ * that are constants are zeros here. */
 int anellm_ane_describe(int index, const anellm_config *config, int64_t B, int64_t T, anellm_ane_program_info *info);
 /* MIL text (mil_bytes, no NUL) and weight file number `file` (file_bytes[file]) into the caller's memory. */
 int anellm_ane_describe_text(int index, const anellm_config *config, int64_t B, int64_t T, char *out, int64_t bytes);
@@ -467,27 +472,34 @@ typedef struct {
                                                      the same bytes as with 0 */
     int32_t fallback;                             /* 1: what a program computes that the device refuses to compile or
                                                      load, the CPU does, in all layers; 0: COMPILE */
+    int32_t mode;                                 /* enum anellm_ane_mode */
+    int32_t compile_budget;                       /* most compiles of the device, by whomever; 0: no limit of ours */
 } anellm_ane_options;
 /* From now on attention and mlp blocks of forward and backward run on the device (embedding, norms, classifier, loss,
  * weight gradients, the optimizer and decode stay on the CPU). The device stays the caller's and must outlive the model
- * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1, 1}. Needs a model made with "cpu", of dtype
- * fp32. UNSUPPORTED when a dimension of the model is beyond what any chip takes. Forgets a forward that was not gone back
+ * or be detached: device NULL goes back to the CPU. options NULL: {1, 0, 1, 1, 0, 0}. Needs a model made with "cpu", of
+ * dtype fp32. UNSUPPORTED when a dimension of the model is beyond what any chip takes. Forgets a forward that was not gone back
  * through; programs are compiled by the first forward of a batch shape. */
 int anellm_model_attach_ane(anellm_model *model, anellm_ane *device, const anellm_ane_options *options);
 /* A forward or backward on the device can also end with
- *   COMPILE    the device refused a program: which, for which shape, why; only without fallback
+ *   COMPILE    the device refused a program: which, for which shape, why; only without fallback, or because the process
+ *              has compiled as often as it may
+ *   UNSUPPORTED  compile_budget is spent
  *   EVAL       an evaluation failed: which program, which layer, the device's error
  *   NONFINITE  a value was out of range on its way in, or infinite on its way out: which program, which layer
  * Parameters and moments are untouched then. Gradients hold a partial sum that must not be used: with accumulation, the
  * whole step is to be skipped. backward needs a new forward first. An evaluation that reports success and writes nothing
  * is an EVAL too; one that writes the results of another input cannot be seen. */
 typedef struct {
-    int64_t programs;                             /* compiled now; at most 16 */
+    int64_t programs;                             /* compiled now; at most 16, or 6 a layer with mode STATIC */
+    int64_t compiles;                             /* of the device so far, failed ones too, by whomever: what a
+                                                     compile_budget limits */
     int64_t evaluations, rescales, retries;       /* since it was attached; rescale: an exponent was changed, retry: an
                                                      evaluation was repeated with a smaller one after an overflow */
     int64_t surface_bytes;                        /* memory of all surfaces now */
     double ane_flops, cpu_flops;                  /* of matrix products, in the last forward and backward */
     double total_ane_flops, total_cpu_flops;      /* and in all of them since it was attached */
+    double compile_ms;                            /* spent in compiling and loading, since it was attached */
     double max_activation;                        /* max |residual| of the last forward, and in which layer */
     int32_t max_activation_layer;
     int32_t n_refusals;                           /* programs refused since it was attached; each costs one compile */
@@ -501,13 +513,18 @@ typedef struct {
     char message[512];
 } anellm_ane_refusal;
 int anellm_model_ane_refusal(anellm_model *model, int64_t index, anellm_ane_refusal *refusal); /* RANGE after the last */
+/* From now on only programs of layers first <= layer < last may be compiled, and those of other layers are unloaded and
+ * freed at once; first == last: all of them. What forward left for backward stays. For mode STATIC; with DYNAMIC
+ * programs belong to no layer, and nothing happens. RANGE unless 0 <= first <= last <= n_layers. */
+int anellm_model_ane_hold(anellm_model *model, int64_t first, int64_t last);
 /* max |residual| behind each layer's two blocks in the last forward; n_layers must be the model's. */
 int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_layers);
 /* The scales' state, which a run that goes on exactly where it stopped needs beside parameters and moments: its size,
  * and its values, read (write == 0) or set. */
 int anellm_model_ane_n_exponents(anellm_model *model, int64_t *n);
 int anellm_model_ane_exponents(anellm_model *model, int32_t *exponents, int64_t n, int write);
-/* Bytes of surfaces and buffers that batches of B x T take beside anellm_memory(), without taking any. */
+/* Bytes of surfaces and buffers that batches of B x T take beside anellm_memory(), without taking any; with mode STATIC
+ * also those of the weights in the programs of all layers. */
 int anellm_ane_memory(int64_t *bytes, const anellm_config *config, int64_t B, int64_t T, int training,
                       const anellm_ane_options *options);
 

@@ -42,7 +42,14 @@ int anellm_model_ane_stats(anellm_model *model, anellm_ane_stats *stats) {
     struct anellm_ane_engine *engine = NULL;
     ANELLM_REQUIRE(stats != NULL, "stats is NULL");
     ANELLM_TRY(take_engine(&engine, model, __func__));
+    anellm_ane_counters counters;
+    const int status = anellm_ane_get_counters(engine->device, &counters);
+    if (status != ANELLM_OK) {
+        anellm_model_release(model);
+        return status;
+    }
     *stats = engine->stats;
+    stats->compiles = counters.compiles;
     stats->total_ane_flops += stats->ane_flops;
     stats->total_cpu_flops += stats->cpu_flops;
     stats->max_activation = 0.0;
@@ -83,6 +90,20 @@ int anellm_model_ane_activations(anellm_model *model, float *absmax, int64_t n_l
     } else {
         status = anellm_fail_in(__func__, ANELLM_INVALID, "n_layers = %lld, must be %d", (long long)n_layers,
                                 model->config.n_layers);
+    }
+    anellm_model_release(model);
+    return status;
+}
+
+int anellm_model_ane_hold(anellm_model *model, int64_t first, int64_t last) {
+    struct anellm_ane_engine *engine = NULL;
+    ANELLM_TRY(take_engine(&engine, model, __func__));
+    int status = ANELLM_OK;
+    if (first >= 0 && first <= last && last <= model->config.n_layers) {
+        anellm_ane_hold(engine, first, last);
+    } else {
+        status = anellm_fail_in(__func__, ANELLM_RANGE, "layers %lld up to %lld; there are %d", (long long)first,
+                                (long long)last, model->config.n_layers);
     }
     anellm_model_release(model);
     return status;

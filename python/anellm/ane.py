@@ -26,7 +26,8 @@ class AneStats(NamedTuple):
     """What the engine did for a model.
 
     Attributes:
-        programs: programs that are compiled now, at most 16.
+        programs: programs that are compiled now: at most 16, or 6 a layer with mode "static".
+        compiles: compiles of the device so far, failed ones too.
         evaluations: evaluations since the model came to the engine.
         rescales: changes of a gradient's power of two, since then.
         retries: evaluations repeated with a smaller one after an overflow, since then.
@@ -35,12 +36,14 @@ class AneStats(NamedTuple):
         cpu_flops: the same on the CPU.
         total_ane_flops: operations on the engine in all forwards and backwards since then.
         total_cpu_flops: the same on the CPU.
+        compile_ms: time spent in compiling and loading programs, since then.
         max_activation: largest magnitude in the residual stream in the last forward.
         max_activation_layer: the layer that has it.
         n_refusals: programs that the engine refused, since then.
     """
 
     programs: int
+    compiles: int
     evaluations: int
     rescales: int
     retries: int
@@ -49,6 +52,7 @@ class AneStats(NamedTuple):
     cpu_flops: float
     total_ane_flops: float
     total_cpu_flops: float
+    compile_ms: float
     max_activation: float
     max_activation_layer: int
     n_refusals: int
@@ -191,6 +195,7 @@ class AneDevice(Engine):
             "ane_scaling": "on" if self.options.scaling else "off",
             "ane_softmax": self.options.softmax,
             "ane_fallback": self.options.fallback,
+            "ane_mode": self.options.mode,
             **({} if qos is None else {"ane_qos": qos.name, "ane_qos_measured": qos.measured}),
         }
 
@@ -208,6 +213,8 @@ def c_options(options: AneOptions) -> Any:
     c.softmax_cpu = int(options.softmax == "cpu")
     c.async_dw = 1
     c.fallback = int(options.fallback == "cpu")
+    c.mode = lib.ANELLM_ANE_STATIC if options.mode == "static" else lib.ANELLM_ANE_DYNAMIC
+    c.compile_budget = options.compile_budget
     return c
 
 
@@ -246,6 +253,16 @@ class ModelEngine:
         stats = ffi.new("anellm_ane_stats *")
         check(lib.anellm_model_ane_stats(self._model.pointer, stats))
         return AneStats(*(getattr(stats, name) for name in AneStats._fields))
+
+    def hold(self, first: int, last: int) -> None:
+        """Let only programs of layers first <= layer < last be compiled from now on; those of others are freed at once.
+
+        For mode "static": with "dynamic" programs belong to no layer, and nothing happens.
+
+        Raises:
+            TokenRangeError: unless 0 <= first <= last <= the number of layers.
+        """
+        check(lib.anellm_model_ane_hold(self._model.pointer, first, last))
 
     def note_refusals(self) -> None:
         """Take note of what was refused in the last forward, and warn of each program once."""

@@ -180,6 +180,14 @@ def ffn_forward(values: Arrays, activation: Callable[[np.ndarray], np.ndarray] =
     return {"gate": gate, "up": up, "y": (gate * activation(gate) * up) @ values["w2"].T}
 
 
+def ffn_backward(values: Arrays) -> Arrays:
+    """Return dx, dgate and dup from dy, gate, up, w1, w3 and w2."""
+    gate, up, s = values["gate"], values["up"], sigmoid(values["gate"])
+    dact = values["dy"] @ values["w2"]
+    dgate, dup = dact * up * s * (1.0 + gate * (1.0 - s)), dact * gate * s
+    return {"dgate": dgate, "dup": dup, "dx": dgate @ values["w1"] + dup @ values["w3"]}
+
+
 def softmax_backward(p: np.ndarray, dp: np.ndarray, batch: Batch) -> np.ndarray:
     """Return ds, which carries the scale."""
     found: np.ndarray = p * (dp - (p * dp).sum(-1, keepdims=True)) * batch.scale
@@ -231,6 +239,14 @@ def make_values(batch: Batch, seed: int = 0, *, depth: float = 1.0) -> Arrays:
     return {**values, "w13": np.concatenate([values["w1"], values["w3"]])}
 
 
+def matrices(values: Mapping[str, np.ndarray], batch: Batch) -> Arrays:
+    """Return what anellm.mil.bake() takes, of inputs as make_values() and program_inputs() return them."""
+    found = {name: values[name] for name in ("wqkv", "wo", "w1", "w3", "w2")}
+    if batch.config.qk_norm:
+        found |= dict(zip(("q_norm", "k_norm"), values["norms"], strict=True))
+    return found
+
+
 # ---- programs by name ------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +264,7 @@ def program_inputs(batch: Batch, seed: int = 0) -> Arrays:
 
     values = make_values(batch, seed)
     forward = attention_forward(values, batch)
+    mlp = ffn_forward(values)
     widths = {
         "dy": c.dim,
         "dgate_up": 2 * c.hidden_dim,
@@ -259,6 +276,7 @@ def program_inputs(batch: Batch, seed: int = 0) -> Arrays:
     backward = attention_backward(forward, gradients["dattn"], batch)
     values |= gradients | {name: forward[name] for name in ("q", "k", "v", "p", "attn")}
     values |= {name: backward[name] for name in ("dp", "ds")}
+    values |= {name: mlp[name] for name in ("gate", "up")}
     return {name: value.astype(np.float16).astype(np.float64) for name, value in values.items()}
 
 
@@ -280,6 +298,11 @@ _PROGRAMS: Final[dict[str, Callable[[Arrays, Batch], Arrays]]] = {
     "sdpa_bwd1": _sdpa_bwd1,
     "sdpa_bwd1_given": lambda v, batch: values_backward(v["p"], v["v"], v["dattn"], batch),
     "sdpa_bwd2": lambda v, batch: scores_backward(softmax_backward(v["p"], v["dp"], batch), v["q"], v["k"], batch),
+    "attn_fwd_static": attention_forward,
+    "ffn_fwd_static": lambda v, _: ffn_forward(v),
+    "ffn_bwd_static": lambda v, _: ffn_backward(v),
+    "qkv_bwd_static": lambda v, _: {"dx": v["dqkv"] @ v["wqkv"]},
+    "sdpa_bwd1_static": lambda v, batch: _sdpa_bwd1({**v, "dattn": v["dmid"] @ v["wo"]}, batch),
     "sdpa_bwd2_given": lambda v, batch: scores_backward(v["ds"], v["q"], v["k"], batch),
 }
 

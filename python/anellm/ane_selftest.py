@@ -18,19 +18,17 @@ import numpy as np
 
 from anellm.ane import AneDevice
 from anellm.ane_device import Engine, Program
-from anellm.ane_reference import Arrays, Batch, pack, program_inputs, program_outputs, unpack
+from anellm.ane_rates import measure, measured_chip
+from anellm.ane_reference import Arrays, Batch, matrices, pack, program_inputs, program_outputs, unpack
 from anellm.config import ModelConfig
 from anellm.errors import AnellmError, CompileError, EvalError
-from anellm.mil import AneProgram, ane_programs
+from anellm.mil import AneProgram, ane_programs, bake
 from anellm.sim_chips import Chip, chip_values, load_chip, nearest_chip
 from anellm.sim_device import Simulator
 
 MAX_ERROR: Final = 0.01  # relative Frobenius error, which leaves a cosine of 0.99995; simulated chips have 0.0015
 _REPEATS: Final = 20
 _SECONDS: Final = 0.5  # of repeated evaluations per program
-_RATES: Final = ("activation_gb_s", "matmul_tflops")
-_BUSY: Final = 1.25  # an evaluation shorter than this times the dispatch says nothing about rates
-_PRODUCTS: Final = ("wo_fwd", "ffn_bwd_w2", "ffn_bwd_w13", "wo_bwd", "qkv_bwd")  # nothing but one product
 
 
 @dataclass(frozen=True)
@@ -41,22 +39,28 @@ class Size:
         name: what the table calls it.
         batch: a model's shape with a batch.
         only: names of programs; empty: all.
+        mode: ``static``: programs with weights in them; those that are ``dynamic`` ones as well are left out.
     """
 
     name: str
     batch: Batch
     only: tuple[str, ...] = ()
+    mode: str = "dynamic"
 
     def programs(self) -> list[AneProgram]:
         """Return the programs of this size that are tested."""
-        found = ane_programs(self.batch.config, self.batch.B, self.batch.T)
-        return [program for program in found if not self.only or program.name in self.only]
+        found = ane_programs(self.batch.config, self.batch.B, self.batch.T, mode=self.mode)
+        left = ("static",) if self.mode == "static" else ("dynamic", "any")
+        return [p for p in found if p.mode in left and (not self.only or p.name in self.only)]
 
 
 _LEAST: Final = ModelConfig(
     dim=32, hidden_dim=32, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=32, vocab_size=32, max_seq_len=32
 )
 _STORIES110M: Final = ModelConfig.from_preset("stories110m")
+_WIDE: Final = ModelConfig(
+    dim=2048, hidden_dim=32, n_layers=1, n_heads=32, n_kv_heads=32, head_dim=64, vocab_size=32, max_seq_len=32
+)
 # A small model with padding, grouped queries and q/k-norm.
 SMALL: Final = Batch(ModelConfig.from_preset("tiny", n_kv_heads=2, qk_norm=True), 2, 40)
 SIZES: Final = (
@@ -65,6 +69,10 @@ SIZES: Final = (
     Size("few rows", Batch(_STORIES110M, 1, 32), ("wo_bwd", "ffn_bwd_w2")),  # moving takes longer than computing
     Size("stories110m", Batch(_STORIES110M, 1, 256)),
     Size("many rows", Batch(_STORIES110M, 4, 256), ("wo_bwd",)),  # the other way round
+    Size("small", SMALL, mode="static"),
+    Size("stories110m", Batch(_STORIES110M, 1, 256), mode="static"),
+    Size("many rows", Batch(_STORIES110M, 4, 256), ("qkv_bwd_static",), "static"),
+    Size("many weights", Batch(_WIDE, 1, 32), ("qkv_bwd_static",), "static"),
 )
 
 
@@ -108,6 +116,7 @@ class Tested:
         cached: it was not compiled, because macOS had it.
         flops: of an evaluation.
         operand_bytes: of the input's fields.
+        weight_bytes: of constants that are weights.
         outputs: what came out.
     """
 
@@ -127,6 +136,7 @@ class Tested:
     cached: bool = False
     flops: float = 0.0
     operand_bytes: int = 0
+    weight_bytes: int = 0
     outputs: list[Output] = field(default_factory=list)
 
     @property
@@ -261,8 +271,11 @@ def check_program(
         values: the input fields.
         repeats: most evaluations to time.
     """
+    if program.weights:
+        program = dataclasses.replace(program, files=bake(program.files, matrices(values, size.batch)))
     operands = 2 * sum(where.channels * where.columns for where in program.input.fields)
     row = Tested(program=program.name, size=size.name, flops=program.flops, operand_bytes=operands)
+    row.weight_bytes = sum(len(program.files[path]) for path in program.weights)
     plane = pack(program, values, size.batch, unused=0.0)
     output = _try(device, program, plane, row, repeats)
     if output is None:
@@ -296,30 +309,6 @@ def _show(row: Tested) -> None:
     print(f"{row.state:5} {row.compile_ms:10.3f} {row.evaluate_ms:11.3f}  {amount}")
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
-def measure(rows: Sequence[Tested]) -> dict[str, float]:
-    """Return constants of a chip profile, as far as the rows of programs that are right tell.
-
-    The dispatch is the shortest evaluation of all. Rates are the best that any single product reached beside the
-    dispatch, so the engine may be faster.
-    """
-    rows = [row for row in rows if row.state == "ok"]
-    found = {name: _median([getattr(row, name) for row in rows]) for name in ("load_ms", "unload_ms")}
-    found["compile_ms"] = _median([row.compile_ms for row in rows if not row.cached])
-    times = [(row, row.evaluate_ms) for row in rows if row.evaluate_ms is not None]
-    if times:
-        dispatch = min(ms for _, ms in times)
-        found["dispatch_us"] = dispatch * 1e3
-        busy = [(row, ms - dispatch) for row, ms in times if row.program in _PRODUCTS and ms >= _BUSY * dispatch]
-        found["activation_gb_s"] = max((row.operand_bytes / ms / 1e6 for row, ms in busy), default=None)
-        found["matmul_tflops"] = max((row.flops / ms / 1e9 for row, ms in busy), default=None)
-    return {name: value for name, value in found.items() if value is not None and value > 0}
-
-
 def _compile_again(device: AneDevice, sizes: Sequence[Size], rows: Sequence[Tested]) -> dict[str, float]:
     """Return the time to compile a program that was compiled before (Q62), of the first that compiles."""
     done = {(row.program, row.size) for row in rows if row.compile_ms is not None}
@@ -333,28 +322,6 @@ def _compile_again(device: AneDevice, sizes: Sequence[Size], rows: Sequence[Test
     except AnellmError:
         return {}
     return {"cached_compile_ms": clock.now() - start}
-
-
-def measured_chip(base: Chip, architecture: str, where: str, values: dict[str, float]) -> Chip:
-    """Return a chip with measured constants in the place of a known one's.
-
-    Args:
-        base: the nearest known chip.
-        architecture: what the device says it is; "" keeps the base's.
-        where: what was measured, in words.
-        values: constant -> measured.
-    """
-    source = f"measured by --ane-selftest on {where}"
-    best = dict.fromkeys(_RATES, f"{source}: the most that a product reached")
-    fits = architecture.isascii() and 0 < len(architecture) <= 15
-    return dataclasses.replace(
-        base,
-        name=f"{base.name.encode()[:8].decode(errors='ignore')}-tested",
-        architecture=architecture if fits else base.architecture,
-        description=f"{base.description}; times {source}",
-        constants={**base.constants, **values},
-        sources={**base.sources, **{name: best.get(name, source) for name in values}},
-    )
 
 
 def base_chip(device: AneDevice) -> Chip:

@@ -18,6 +18,7 @@ MAX_THREADS = 256
 NUMERICS = ("exact", "fast")
 SOFTMAX = ("ane", "cpu")
 FALLBACK = ("cpu", "error")
+MODES = ("dynamic", "static")
 QOS = ("auto", "background", "utility", "default", "user-initiated", "user-interactive")  # enum anellm_ane_qos_class
 
 
@@ -34,6 +35,9 @@ class AneOptions:
         softmax: where attention's softmax and its causal mask are computed: "ane" or "cpu".
         fallback: what to do when a program is refused: "cpu" lets the CPU compute its part of the blocks, with a
             FallbackWarning; "error" raises a CompileError.
+        mode: "dynamic": weights are inputs of programs that are compiled once; "static": each layer has programs with
+            its weights in them, which are compiled again when the weights have changed. Not with softmax="cpu".
+        compile_budget: programs that may be compiled in this process; more is an UnsupportedError. 0: no limit of ours.
         qos: quality of service that a real engine's calls ask macOS for, one of QOS; "auto": ANELLM_ANE_QOS, else the
             fastest by measurement, on first use.
 
@@ -46,18 +50,25 @@ class AneOptions:
     scaling: bool = True
     softmax: str = "ane"
     fallback: str = "cpu"
+    mode: str = "dynamic"
+    compile_budget: int = 0
     qos: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.chip, str) or not self.chip or "\0" in self.chip:
             raise InvalidError(f"chip: expected a name or the path of a .json file, found {self.chip!r}")
-        choices = {"numerics": NUMERICS, "softmax": SOFTMAX, "fallback": FALLBACK, "qos": QOS}
+        choices = {"numerics": NUMERICS, "softmax": SOFTMAX, "fallback": FALLBACK, "mode": MODES, "qos": QOS}
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise InvalidError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
         if not isinstance(self.scaling, bool):
             raise InvalidError(f"scaling: expected true or false, found {self.scaling!r}")
+        if self.mode == "static" and self.softmax == "cpu":
+            raise InvalidError('softmax: expected "ane" with mode "static", found "cpu": there are no programs for it')
+        budget = self.compile_budget
+        if not isinstance(budget, int) or isinstance(budget, bool) or not 0 <= budget < 2**31:
+            raise InvalidError(f"compile_budget: expected a number from 0 on, found {budget!r}")
 
 
 def no_ane_platform() -> str | None:

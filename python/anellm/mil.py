@@ -6,21 +6,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from anellm import safeio, weights
 from anellm._ffi import check, ffi, lib, text
 from anellm.cli import Result, Verb
 from anellm.config import ModelConfig, preset_names
-from anellm.errors import ConfigError
+from anellm.device import MODES
+from anellm.errors import ConfigError, InvalidError
 from anellm.machine import human_bytes, human_count
 from anellm.model import _c_config as c_config
 from anellm.options import option
 
 _WHATS: Final = ("dump",)
 _SOFTMAX: Final = ("ane", "cpu")
+_BLOB_DATA: Final = 128  # where the numbers of a weight file of one chunk start
+# Weight files of static programs that are a layer's matrices: the matrix, and whether it is transposed.
+MATRICES: Final = {
+    **{name: (name, False) for name in ("wqkv", "wo", "w1", "w3", "w2")},
+    **{f"{name}_t": (name, True) for name in ("wqkv", "wo", "w1", "w3", "w2")},
+    **{name: (name, False) for name in ("q_norm", "k_norm")},
+}
 MANIFEST: Final = "programs.json"
 _KINDS: Final = {
     lib.ANELLM_ANE_FIELD_ROWS: "rows",
@@ -90,6 +101,7 @@ class AneProgram:
         output: its one output, ``z_output0``.
         mil: its text.
         files: content of its weight files, by the path that the text uses.
+        mode: ``dynamic``, ``static``, or ``any``.
     """
 
     name: str
@@ -101,10 +113,20 @@ class AneProgram:
     output: AneSurface
     mil: str
     files: dict[str, bytes]
+    mode: str = "dynamic"
 
-    def used(self, *, training: bool, softmax: str) -> bool:
+    def used(self, *, training: bool, softmax: str, mode: str = "dynamic") -> bool:
         """Return whether a model evaluates it."""
-        return (training or not self.backward) and self.softmax in ("any", softmax)
+        return (training or not self.backward) and self.softmax in ("any", softmax) and self.mode in ("any", mode)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Return the weight files that are a layer's matrices."""
+        return tuple(path for path in self.files if Path(path).stem in MATRICES)
+
+
+def _mode_name(mode: int) -> str:
+    return "any" if mode < 0 else MODES[mode]
 
 
 def _surface(io: Any) -> AneSurface:
@@ -115,6 +137,41 @@ def _surface(io: Any) -> AneSurface:
         io.bytes,
         tuple(AneField(text(f.name), f.channel, f.column, f.channels, f.columns, _KINDS[f.kind]) for f in fields),
     )
+
+
+def bake(files: Mapping[str, bytes], matrices: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Return weight files of a static program with a layer's weights in them.
+
+    Args:
+        files: of the program as ane_programs() returns it.
+        matrices: wqkv, wo, w1, w3, w2 as the model has them, (out, in), and q_norm, k_norm with q/k-norm.
+
+    Raises:
+        InvalidError: when one has another size than the program's.
+    """
+    found = dict(files)
+    for path, data in files.items():
+        if Path(path).stem not in MATRICES:
+            continue
+        name, transposed = MATRICES[Path(path).stem]
+        matrix = np.asarray(matrices[name])
+        values = (matrix.T if transposed else matrix).astype(np.float16).tobytes()
+        if len(values) != len(data) - _BLOB_DATA:
+            n = (len(data) - _BLOB_DATA) // 2
+            raise InvalidError(f"{name}: expected {n} numbers, found {matrix.size}")
+        found[path] = data[:_BLOB_DATA] + values
+    return found
+
+
+def layer_matrices(config: ModelConfig, params: Mapping[str, np.ndarray], layer: int) -> dict[str, np.ndarray]:
+    """Return what bake() takes, of a layer of a model by the names of its tensors."""
+    at = f"model.layers.{layer}."
+    qkv = [params[f"{at}self_attn.{name}_proj.weight"] for name in "qkv"]
+    found = {"wqkv": np.concatenate(qkv), "wo": params[f"{at}self_attn.o_proj.weight"]}
+    found |= {w: params[f"{at}mlp.{name}_proj.weight"] for w, name in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
+    if config.qk_norm:
+        found |= {f"{name}_norm": params[f"{at}self_attn.{name}_norm.weight"] for name in "qk"}
+    return found
 
 
 def _program(index: int, config: Any, batch_size: int, seq_len: int, info: Any) -> AneProgram:
@@ -136,26 +193,33 @@ def _program(index: int, config: Any, batch_size: int, seq_len: int, info: Any) 
         _surface(info.output),
         bytes(ffi.buffer(mil)).decode("ascii"),
         files,
+        _mode_name(info.mode),
     )
 
 
-def ane_programs(config: ModelConfig, batch_size: int, seq_len: int) -> list[AneProgram]:
+def ane_programs(config: ModelConfig, batch_size: int, seq_len: int, *, mode: str = "dynamic") -> list[AneProgram]:
     """Return all programs of a model's shape, of either kind of softmax.
 
     Args:
         config: the model.
         batch_size: sequences of a micro-step.
         seq_len: tokens of a sequence; programs see it rounded up to a multiple of 32.
+        mode: ``dynamic``: weights are inputs; ``static``: they are constants, zeros here (see bake()).
 
     Raises:
         InvalidError: on a size that is not positive.
         UnsupportedError: when a dimension is beyond what any chip takes; names it and the limit.
     """
-    c, info = c_config(config), ffi.new("anellm_ane_program_info *")
+    if mode not in MODES:
+        raise InvalidError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
+    c, info, its_mode = c_config(config), ffi.new("anellm_ane_program_info *"), ffi.new("int32_t *")
     found: list[AneProgram] = []
-    while (status := lib.anellm_ane_describe(len(found), c, batch_size, seq_len, info)) != lib.ANELLM_RANGE:
+    index = -1
+    while (status := lib.anellm_ane_program_mode(index := index + 1, its_mode)) != lib.ANELLM_RANGE:
         check(status)
-        found.append(_program(len(found), c, batch_size, seq_len, info))
+        if _mode_name(its_mode[0]) in ("any", mode):
+            check(lib.anellm_ane_describe(index, c, batch_size, seq_len, info))
+            found.append(_program(index, c, batch_size, seq_len, info))
     return found
 
 
@@ -177,6 +241,8 @@ class MilConfig:
     )
     training: bool = option(True, "programs of the backward pass too", group="model")
     ane_softmax: str = option("ane", "where the softmax of attention is computed", choices=_SOFTMAX, group="model")
+    ane_mode: str = option("dynamic", "weights as inputs, or as constants of each layer", choices=MODES, group="model")
+    layer: int = option(0, "whose weights static programs of --model have", low=0, high=2**16, group="model")
     out: str | None = option(None, "folder to write", group="output")
     overwrite: bool = option(False, "write into a folder that is not empty", group="output", flag_only=True)
     json: str | None = option(None, "write the result to this file as JSON", group="output", flag_only=True)
@@ -185,13 +251,21 @@ class MilConfig:
 _DEFAULT_SEQ_LEN = 256
 
 
-def _shape(config: MilConfig) -> tuple[str, ModelConfig]:
-    """Return the model's name and shape."""
+def _shape(config: MilConfig) -> tuple[str, ModelConfig, dict[str, np.ndarray] | None]:
+    """Return the model's name and shape, and the matrices that static programs have; None: zeros."""
     if (config.preset is None) == (config.model is None):
         raise ConfigError("--preset, --model: expected one of the two")
+    if config.ane_mode == "static" and config.ane_softmax == "cpu":
+        raise ConfigError("--ane-softmax: expected ane with --ane-mode static, found cpu")
     if config.preset is not None:
-        return config.preset, ModelConfig.from_preset(config.preset)
-    return str(config.model), weights.load_pretrained(str(config.model)).config
+        return config.preset, ModelConfig.from_preset(config.preset), None
+    source = weights.load_pretrained(str(config.model))
+    if config.ane_mode != "static":
+        return str(config.model), source.config, None
+    if config.layer >= source.config.n_layers:
+        raise ConfigError(f"--layer: expected 0 to {source.config.n_layers - 1}, found {config.layer}")
+    params = {name: array for name, array in source.tensors if name.startswith(f"model.layers.{config.layer}.")}
+    return str(config.model), source.config, layer_matrices(source.config, params, config.layer)
 
 
 def _manifest_surface(surface: AneSurface) -> dict[str, Any]:
@@ -207,6 +281,7 @@ def _manifest(name: str, shape: ModelConfig, config: MilConfig, seq_len: int, pr
         "seq_len": seq_len,
         "padded_seq_len": -(-seq_len // 32) * 32,
         "softmax": config.ane_softmax,
+        "mode": config.ane_mode,
         "programs": [
             {
                 "name": p.name,
@@ -217,6 +292,7 @@ def _manifest(name: str, shape: ModelConfig, config: MilConfig, seq_len: int, pr
                 "input": _manifest_surface(p.input),
                 "output": _manifest_surface(p.output),
                 "weights": {path: len(data) for path, data in p.files.items()},
+                "matrices": list(p.weights),
             }
             for p in programs
         ],
@@ -241,7 +317,7 @@ def _write(out: Path, programs: list[AneProgram], manifest: Any) -> int:
 
 def run(config: MilConfig) -> Result:
     """Write the programs, and print a line about each."""
-    name, shape = _shape(config)
+    name, shape, matrices = _shape(config)
     if config.out is None or not config.out:
         raise ConfigError("--out: needed, and not given")
     out = Path(config.out)
@@ -250,8 +326,10 @@ def run(config: MilConfig) -> Result:
     if out.is_dir() and any(out.iterdir()) and not config.overwrite:
         raise ConfigError(f"--out {out}: not empty: --overwrite writes into it all the same")
     seq_len = config.seq_len if config.seq_len is not None else min(_DEFAULT_SEQ_LEN, shape.max_seq_len)
-    found = ane_programs(shape, config.batch_size, seq_len)
-    used = [p for p in found if p.used(training=config.training, softmax=config.ane_softmax)]
+    found = ane_programs(shape, config.batch_size, seq_len, mode=config.ane_mode)
+    used = [p for p in found if p.used(training=config.training, softmax=config.ane_softmax, mode=config.ane_mode)]
+    if matrices is not None:
+        used = [replace(p, files=bake(p.files, matrices)) for p in used]
     manifest = _manifest(name, shape, config, seq_len, used)
     n_bytes = _write(out, used, manifest)
     for p in used:

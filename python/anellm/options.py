@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from anellm.device import DEVICES, FALLBACK, MAX_THREADS, NUMERICS, QOS, SOFTMAX, AneOptions, named_device
+from anellm.device import DEVICES, FALLBACK, MAX_THREADS, MODES, NUMERICS, QOS, SOFTMAX, AneOptions, named_device
 from anellm.errors import ConfigError
 
 C = TypeVar("C")
@@ -310,6 +310,7 @@ _DEVICE_OPTIONS = {
     "ane_scaling": ("ane", "ane-sim"),
     "ane_softmax": ("ane", "ane-sim"),
     "ane_fallback": ("ane", "ane-sim"),
+    "ane_mode": ("ane", "ane-sim"),
     "ane_qos": ("ane",),
 }
 
@@ -346,6 +347,12 @@ class DeviceOptions(CommonOptions):
         choices=FALLBACK,
         group="machine",
     )
+    ane_mode: str | None = option(
+        None,
+        "ANE devices take weights as inputs, or compile them into programs of each layer [dynamic]",
+        choices=MODES,
+        group="machine",
+    )
     ane_qos: str | None = option(
         None,
         "quality of service of a real engine's calls; auto measures which is fastest; environment: ANELLM_ANE_QOS "
@@ -363,6 +370,8 @@ class DeviceOptions(CommonOptions):
                 )
         if self.chip == "":
             raise ConfigError("--chip: expected a name or a path, found nothing")
+        if self.ane_mode == "static" and self.ane_softmax == "cpu":
+            raise ConfigError("--ane-softmax: expected ane with --ane-mode static, found cpu")
 
     def _given(self) -> dict[str, Any]:
         """Return the fields of AneOptions that are given."""
@@ -373,6 +382,7 @@ class DeviceOptions(CommonOptions):
             "scaling": scaling,
             "softmax": self.ane_softmax,
             "fallback": self.ane_fallback,
+            "mode": self.ane_mode,
             "qos": self.ane_qos,
         }
         return {name: value for name, value in fields.items() if value is not None}
@@ -401,6 +411,7 @@ class DeviceOptions(CommonOptions):
             "ane_scaling": "on" if options.scaling else "off",
             "ane_softmax": options.softmax,
             "ane_fallback": options.fallback,
+            "ane_mode": options.mode,
             "ane_qos": options.qos,
         }
         values |= dict.fromkeys(unused_device_options(device))

@@ -21,7 +21,7 @@ from anellm._ffi import ffi, lib, text
 from anellm.ane_device import WEIGHTS_PATH, DeviceFailure, Finding, Port, Program, Surface
 from anellm.cli import Result, Verb
 from anellm.config import preset_names
-from anellm.device import set_threads
+from anellm.device import MODES, set_threads
 from anellm.errors import AnellmError, CompileError, ConfigError, DataError, InvalidError
 from anellm.options import CommonOptions, option
 from anellm.saferead import read_regular
@@ -69,6 +69,9 @@ class SimConfig(CommonOptions):
     )
     ane_softmax: str | None = option(
         None, "for a step: where the softmax of attention is computed [ane]", choices=("ane", "cpu"), group="what"
+    )
+    ane_mode: str | None = option(
+        None, "for a step: weights as inputs, or as constants of each layer [dynamic]", choices=MODES, group="what"
     )
     weights: str = option("", "folder of the files that @model_path/weights/ names", group="what")
     input: str = option("", "NAME=x.npy for each input; the flag may be repeated", group="what")
@@ -210,9 +213,14 @@ def _cost_of_model(config: SimConfig) -> Result:
     for name in ("weights", "input", "output", "function", "numerics", "mac", "rows", "strict", "lenient_blobs"):
         if getattr(config, name) != getattr(unset, name):
             raise ConfigError(f"--{name.replace('_', '-')}: only with a file of MIL text")
-    softmax = config.ane_softmax or "ane"
     return cost_of_model(
-        config.chip, config.preset or "", config.checkpoint or "", config.batch_size or 1, config.seq_len, softmax
+        config.chip,
+        config.preset or "",
+        config.checkpoint or "",
+        config.batch_size or 1,
+        config.seq_len,
+        config.ane_softmax or "ane",
+        config.ane_mode or "dynamic",
     )
 
 
@@ -251,7 +259,7 @@ def run(config: SimConfig) -> Result:
     for name in ("preset", "checkpoint"):
         if getattr(config, name) and config.what != "cost":
             raise ConfigError(f"--{name}: only for cost, found {config.what}")
-    for name in ("batch_size", "seq_len", "ane_softmax"):
+    for name in ("batch_size", "seq_len", "ane_softmax", "ane_mode"):
         if getattr(config, name) is not None and not (config.preset or config.checkpoint):
             raise ConfigError(f"--{name.replace('_', '-')}: only with --preset or --checkpoint")
     if config.model and "\0" in config.model:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from anellm.config import ModelConfig
+from anellm.device import MODES
 from anellm.errors import DataError
 from anellm.mil import AneProgram, AneSurface, ane_programs
 from anellm.sim_chips import Chip, load_chip
@@ -64,14 +65,21 @@ class Recipe:
     Attributes:
         vocab_size: tokens that the classifier tells apart.
         accumulation: micro-steps per update of the weights.
-        constant_weights: weights are part of the programs, not inputs.
+        constant_weights: weights are part of the programs, not inputs: those of mode ``static``.
+        recompiled: programs with weights are compiled again for each update, and that is counted.
         pipelined: the engine's forward of the next micro-step runs beside the CPU's part of this one.
     """
 
     vocab_size: int
     accumulation: int = 10
     constant_weights: bool = False
+    recompiled: bool = False
     pipelined: bool = False
+
+    @property
+    def mode(self) -> str:
+        """Return the mode of its programs."""
+        return "static" if self.constant_weights else "dynamic"
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ class Step:
         products: the classifier's products on the CPU.
         exposed: weight gradients on the CPU, as far as they last longer than the evaluations that they run beside.
         passes: memory that the CPU moves: surfaces, norms, sums, softmax of the loss, optimizer.
+        compiling: programs with new weights, divided among the micro-steps of an update.
         ms: all together.
     """
 
@@ -113,6 +122,7 @@ class Step:
     products: float
     exposed: float
     passes: float
+    compiling: float
     ms: float
 
 
@@ -164,23 +174,20 @@ def evaluation(program: AneProgram, chip: Chip) -> Evaluation:
     return Evaluation(dispatch, computing, moving, _clock_ms(program, chip))
 
 
-def _takes_weights(program: AneProgram) -> bool:
-    return any(field.kind.startswith("weights") for field in program.input.fields)
-
-
-def engine_ms(programs: Sequence[AneProgram], chip: Chip, n_layers: int, recipe: Recipe) -> tuple[float, float]:
-    """Return the engine's time of a micro-step in ms, forward and backward.
-
-    Constant weights make products convolutions at the rates of constants, in all programs that take weights.
-    """
-    rates = chip.constants
-    constant = {"matmul_tflops": rates["conv_tflops"], "activation_gb_s": rates["weight_gb_s"]}
+def engine_ms(programs: Sequence[AneProgram], chip: Chip, n_layers: int) -> tuple[float, float]:
+    """Return the engine's time of a micro-step in ms, forward and backward."""
     times = [0.0, 0.0]
     for program in programs:
-        as_conv = recipe.constant_weights and _takes_weights(program)
-        ms = _clock_ms(program, changed(chip, constant) if as_conv else chip)
-        times[program.backward] += n_layers * program.evaluations * ms
+        times[program.backward] += n_layers * program.evaluations * _clock_ms(program, chip)
     return times[0], times[1]
+
+
+def compiling_ms(programs: Sequence[AneProgram], chip: Chip, n_layers: int, recipe: Recipe) -> float:
+    """Return what a micro-step's part of compiling, loading and unloading takes: of programs with weights in them."""
+    if not recipe.recompiled:
+        return 0.0
+    each = sum(chip.constants[key] for key in ("compile_ms", "load_ms", "unload_ms"))
+    return n_layers * sum(bool(program.weights) for program in programs) * each / recipe.accumulation
 
 
 def _field_values(surfaces: Sequence[AneSurface], *, weights: bool) -> int:
@@ -196,8 +203,7 @@ def cpu_bytes(config: ModelConfig, programs: Sequence[AneProgram], rows: int, re
     if any(program.softmax == "cpu" for program in programs):
         scores = max((f.channels * f.columns for s in surfaces for f in s.fields if f.kind == "scores"), default=0)
         per_layer += _SCORE_BYTES * scores
-    if not recipe.constant_weights:
-        per_layer += _SURFACE_BYTES * _field_values(surfaces, weights=True) / recipe.accumulation
+    per_layer += _SURFACE_BYTES * _field_values(surfaces, weights=True) / recipe.accumulation
     update = _UPDATE_BYTES * config.n_params() / recipe.accumulation
     return config.n_layers * per_layer + _LOGIT_BYTES * rows * recipe.vocab_size + update
 
@@ -221,14 +227,15 @@ def step(
         recipe: how.
         gb_s: how fast the CPU passes over memory, in GB/s.
     """
-    forward, backward = engine_ms(programs, machine.chip, config.n_layers, recipe)
+    forward, backward = engine_ms(programs, machine.chip, config.n_layers)
+    compiling = compiling_ms(programs, machine.chip, config.n_layers, recipe)
     flops_per_ms = machine.sgemm_tflops * 1e9
     products = 6.0 * rows * config.dim * recipe.vocab_size / flops_per_ms  # forward, its input's and weight's gradient
     exposed = max(0.0, 2.0 * rows * block_params(config) / flops_per_ms - forward - backward)
     passes = cpu_bytes(config, programs, rows, recipe) / (gb_s * 1e6)
     cpu = products + exposed + passes
-    ms = backward + max(forward, cpu) if recipe.pipelined else backward + forward + cpu
-    return Step(forward, backward, products, exposed, passes, ms)
+    ms = compiling + backward + (max(forward, cpu) if recipe.pipelined else forward + cpu)
+    return Step(forward, backward, products, exposed, passes, compiling, ms)
 
 
 # ---- published steps -------------------------------------------------------------------------------------------------
@@ -322,18 +329,22 @@ def fit() -> Fit:
     """
     shape = _data()["shape"]
     config, rows = ModelConfig.from_preset(shape["preset"]), shape["batch_size"] * shape["seq_len"]
-    programs = [
-        program
-        for program in ane_programs(config, shape["batch_size"], shape["seq_len"])
-        if program.used(training=True, softmax="ane")
-    ]
+    programs = {
+        mode: [
+            program
+            for program in ane_programs(config, shape["batch_size"], shape["seq_len"], mode=mode)
+            if program.used(training=True, softmax="ane", mode=mode)
+        ]
+        for mode in MODES
+    }
     gb_s: dict[str, float] = {}
     fitted_on: dict[str, str] = {}
 
     @functools.cache
     def unit(machine_name: str, recipe_name: str) -> Step:
         """At 1 GB/s: of all parts, only the passes depend on it, and are inverse to it."""
-        return step(config, programs, rows, machine(machine_name), recipe_of(recipe_name), 1.0)
+        recipe = recipe_of(recipe_name)
+        return step(config, programs[recipe.mode], rows, machine(machine_name), recipe, 1.0)
 
     for entry in _data()["steps"]:
         if entry["role"] != "fitted":

@@ -73,6 +73,7 @@ def _step(found: Step) -> dict[str, float]:
         "classifier on the CPU": found.products,
         "weight gradients beyond the engine's time": found.exposed,
         "passes of the CPU over memory": found.passes,
+        "compiling programs with new weights": found.compiling,
         "step": found.ms,
     }
     print()
@@ -85,6 +86,7 @@ def _step(found: Step) -> dict[str, float]:
         "classifier_ms": found.products,
         "exposed_weight_gradients_ms": found.exposed,
         "cpu_passes_ms": found.passes,
+        "compiling_ms": found.compiling,
         "ms": found.ms,
         "engine_share": engine / found.ms,
     }
@@ -132,7 +134,7 @@ def _machines(names: list[str]) -> dict[str, Any]:
 
 
 def cost_of_model(
-    chip_name: str, preset: str, checkpoint: str, batch_size: int, seq_len: int | None, softmax: str
+    chip_name: str, preset: str, checkpoint: str, batch_size: int, seq_len: int | None, softmax: str, mode: str
 ) -> Result:
     """Print what a training step of a model takes, beside what is published.
 
@@ -143,6 +145,7 @@ def cost_of_model(
         batch_size: sequences of a micro-step.
         seq_len: tokens of a sequence; None: 256, or what the model has.
         softmax: where attention's softmax is: ``ane`` or ``cpu``.
+        mode: ``dynamic``: weights are inputs; ``static``: they are constants of programs of each layer.
 
     Raises:
         ConfigError: on an unknown preset or chip.
@@ -152,12 +155,18 @@ def cost_of_model(
     """
     if preset and checkpoint:
         raise ConfigError("--preset, --checkpoint: expected one of the two")
+    if mode == "static" and softmax == "cpu":
+        raise ConfigError("--ane-softmax: expected ane with --ane-mode static, found cpu")
     chip: Chip = load_chip(chip_name)
     name, config = _shape(preset, checkpoint)
     length = seq_len if seq_len is not None else min(_DEFAULT_SEQ_LEN, config.max_seq_len)
-    used = [p for p in ane_programs(config, batch_size, length) if p.used(training=True, softmax=softmax)]
-    machine, rates, recipe = machine_of(chip), fit(), Recipe(vocab_size=config.vocab_size)
-    print(f"{name} on {chip.name}, batch size {batch_size}, {length} tokens, softmax on the {softmax.upper()}\n")
+    found = ane_programs(config, batch_size, length, mode=mode)
+    used = [p for p in found if p.used(training=True, softmax=softmax, mode=mode)]
+    is_static = mode == "static"
+    machine, rates = machine_of(chip), fit()
+    recipe = Recipe(vocab_size=config.vocab_size, constant_weights=is_static, recompiled=is_static)
+    kind = f"{mode} programs, softmax on the {softmax.upper()}"
+    print(f"{name} on {chip.name}, batch size {batch_size}, {length} tokens, {kind}\n")
     programs = _programs([(program, evaluation(program, chip)) for program in used], config.n_layers)
     parts = _step(step(config, used, batch_size * length, machine, recipe, rates.gb_s[machine.cores]))
     print(
@@ -181,6 +190,7 @@ def cost_of_model(
             "batch_size": batch_size,
             "seq_len": length,
             "softmax": softmax,
+            "mode": mode,
             "recipe": dataclasses.asdict(recipe),
             "programs": programs,
             "step": parts,

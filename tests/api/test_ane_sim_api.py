@@ -189,7 +189,7 @@ def test_pretrained_models_take_a_device(tmp_path: Path) -> None:
     assert model.ane is not None
     assert model.ane.device.describe() == {
         "device": "ane-sim", "chip": "m6", "numerics": "fast", "ane_scaling": "on", "ane_softmax": "ane",
-        "ane_fallback": "cpu",
+        "ane_fallback": "cpu", "ane_mode": "dynamic",
     }  # fmt: skip
     presets = Model.from_preset("stories260k", "ane-sim", n_layers=1), Model.from_config(SHAPE, "ane-sim")
     assert [each.device for each in presets] == ["ane-sim"] * 2
@@ -342,7 +342,10 @@ def test_a_trainer_takes_the_device() -> None:
         ({"numerics": "fast", "device": "ane"}, "--numerics: only for --device ane-sim, found --device ane"),
         ({"ane_scaling": "off"}, "--ane-scaling: only for --device ane or ane-sim, found --device cpu"),
         ({"ane_softmax": "cpu"}, "--ane-softmax: only for --device ane or ane-sim, found --device cpu"),
-        ({"ane_fallback": "cpu"}, "--ane-fallback: only for --device ane or ane-sim, found --device cpu"),
+        (
+            {"ane_fallback": "cpu", "ane_mode": "dynamic"},
+            "--ane-fallback: only for --device ane or ane-sim, found --device cpu",
+        ),
         ({"ane_softmax": "gpu", "device": "ane-sim"}, "ane_softmax: expected one of ane, cpu, found 'gpu'"),
         ({"ane_scaling": "maybe", "device": "ane-sim"}, "ane_scaling: expected one of on, off, found 'maybe'"),
         ({"numerics": "x", "device": "ane-sim"}, "numerics: expected one of exact, fast, found 'x'"),
@@ -381,7 +384,7 @@ def test_what_a_run_says(tmp_path: Path) -> None:
     lines = list(metrics.read(tmp_path / "run"))
     assert lines[0] == {
         "kind": "device", "step": 0, "device": "ane-sim", "chip": "m4", "numerics": "fast", "ane_scaling": "on",
-        "ane_softmax": "ane", "ane_fallback": "cpu",
+        "ane_softmax": "ane", "ane_fallback": "cpu", "ane_mode": "dynamic",
     }  # fmt: skip
     steps = of_kind(lines, "step")
     for line in steps:

@@ -63,7 +63,8 @@ from anellm.model import Model
 from anellm.optim import AdamW
 
 def a_model(device, **more):
-    options = AneOptions(softmax=more.pop("softmax", "ane"), fallback=more.pop("fallback", "error"))
+    softmax, mode = more.pop("softmax", "ane"), more.pop("mode", "dynamic")
+    options = AneOptions(softmax=softmax, mode=mode, fallback=more.pop("fallback", "error"))
     shape = dict(dim=32, hidden_dim=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, vocab_size=48, max_seq_len=40)
     return Model(ModelConfig(**(shape | more)), device, seed=3, ane=options)
 

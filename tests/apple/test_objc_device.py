@@ -157,7 +157,15 @@ assert (fake().fake_ane_live(), files()) == (0, [])
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"softmax": "cpu"}, {"qk_norm": True, "n_kv_heads": 2}, {"tie_embeddings": False}]
+    "shape",
+    [
+        {},
+        {"softmax": "cpu"},
+        {"qk_norm": True, "n_kv_heads": 2},
+        {"tie_embeddings": False},
+        {"mode": "static"},
+        {"mode": "static", "qk_norm": True},
+    ],
 )
 def test_training_equals_the_simulator(shape: dict[str, object], built: Path, tmp_path: Path) -> None:
     """Losses, weights, gradients, moments, the scaling's state and logits, bit for bit; nothing stays."""

@@ -416,8 +416,15 @@ def test_bad_requests_are_refused() -> None:
     with pytest.raises(UnsupportedError):
         ane_programs(config, 2**62, 2**62)
     c = _c_config(config)
-    with pytest.raises(TokenRangeError, match="13 Neural Engine programs"):
-        check(lib.anellm_ane_describe(13, c, 1, 32, info))
+    with pytest.raises(TokenRangeError, match="18 Neural Engine programs"):
+        check(lib.anellm_ane_describe(18, c, 1, 32, info))
+    for index in (-1, 18):
+        with pytest.raises(TokenRangeError, match="18 Neural Engine programs"):
+            check(lib.anellm_ane_program_mode(index, ffi.new("int32_t *")))
+    with pytest.raises(InvalidError, match="mode is NULL"):
+        check(lib.anellm_ane_program_mode(0, ffi.NULL))
+    with pytest.raises(InvalidError, match="mode: expected one of dynamic, static, found 'both'"):
+        ane_programs(config, 1, 32, mode="both")
     with pytest.raises(TokenRangeError):
         check(lib.anellm_ane_describe(-1, c, 1, 32, info))
     with pytest.raises(InvalidError, match="info"):

@@ -483,6 +483,25 @@ def test_fp16_add_refuses_fp32() -> None:
         )
 
 
+def test_programs_do_not_see_each_others_values() -> None:
+    """What programs compute shares memory on a device: each fills what it reads, whatever stood there."""
+
+    def text(n: int, width: int) -> str:
+        kind = tensor((1, n, 1, width))
+        body = f"{kind} a = add(x = x, y = x);\n{kind} r = reshape(shape = s, x = a);\n{kind} y = mul(x = r, y = a);"
+        return program(f"{kind} x", ints("s", [1, n, 1, width]) + "\n" + body, "y")
+
+    shapes = [(8, 32), (64, 96), (3, 64), (64, 96), (128, 160)]
+    together = Simulator("m4", numerics="exact")
+    programs = [together.compile(text(*shape)) for shape in shapes]
+    given = [draw((1, n, 1, width)) for n, width in shapes]
+    for order in (range(5), (4, 0, 3, 1, 2)):
+        for i in order:
+            found = programs[i].run({"x": given[i]})["y"]
+            np.testing.assert_array_equal(found, Simulator("m4").compile(text(*shapes[i])).run({"x": given[i]})["y"])
+            np.testing.assert_allclose(found, 4.0 * given[i].astype(np.float64) ** 2, rtol=2e-3, atol=1e-6)
+
+
 def test_every_computed_op_is_tested() -> None:
     """What the table says is computed stands in a program above, by its name alone or behind an equals sign."""
     own, _, _ = Path(__file__).read_text(encoding="utf-8").rpartition("\ndef ")

@@ -50,8 +50,8 @@ def test_train_on_the_simulated_engine(capsys: pytest.CaptureFixture[str]) -> No
     cpu_keys = {key for record in metrics.read(Path("cpu")) for key in record}
     assert not cpu_keys & {"loss_scale", "skipped", "rescales", "max_activation", "modelled_ms"}
     config = tomllib.loads(Path("ane-sim/config.toml").read_text())
-    names = ("device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_fallback")
-    assert [config[name] for name in names] == ["ane-sim", "m4", "fast", "on", "ane", "cpu"]
+    names = ("device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_fallback", "ane_mode")
+    assert [config[name] for name in names] == ["ane-sim", "m4", "fast", "on", "ane", "cpu", "dynamic"]
     config = tomllib.loads(Path("cpu/config.toml").read_text())
     assert [name for name in names if name in config] == ["device"]
 
@@ -63,7 +63,7 @@ def test_the_options_reach_the_engine() -> None:
     first = next(iter(metrics.read(Path("r"))))
     assert first == {
         "kind": "device", "step": 0, "device": "ane-sim", "chip": "m2", "numerics": "exact", "ane_scaling": "off",
-        "ane_softmax": "cpu", "ane_fallback": "error",
+        "ane_softmax": "cpu", "ane_fallback": "error", "ane_mode": "dynamic",
     }  # fmt: skip
     # The run's own config repeats it, and --resume stays with its device, whatever the environment says.
     assert train.main(["--config", "r/config.toml", "--out", "again", "--quiet"]) == 0
@@ -187,7 +187,7 @@ def test_evaluate(model: Path, capsys: pytest.CaptureFixture[str], numerics: str
     assert (ane["windows"], ane["tokens"], ane["numerics"]) == (7, 7 * 64, numerics)
     assert ane.keys() - cpu.keys() == {
         "device", "chip", "numerics", "ane_scaling", "ane_softmax", "ane_flops_share", "ane_flops", "cpu_flops",
-        "modelled_ms", "ane_fallback", "fallbacks",
+        "modelled_ms", "ane_fallback", "ane_mode", "fallbacks",
     }  # fmt: skip
     # Seven windows are a batch of four and one of three: the second is evaluated by the same programs.
     assert evaluate.main([*argv, *more, "--max-windows", "4", "--json", "four.json"]) == 0
@@ -223,6 +223,7 @@ def test_what_is_refused(model: Path, capsys: pytest.CaptureFixture[str], monkey
             ("--ane-scaling", "on"),
             ("--ane-softmax", "ane"),
             ("--ane-fallback", "cpu"),
+            ("--ane-mode", "static"),
             ("--ane-qos", "auto"),
         ):
             for device in ((), ("--device", "cpu")):
@@ -237,9 +238,13 @@ def test_what_is_refused(model: Path, capsys: pytest.CaptureFixture[str], monkey
             ("--ane-scaling", "on, off"),
             ("--ane-softmax", "ane, cpu"),
             ("--ane-fallback", "cpu, error"),
+            ("--ane-mode", "dynamic, static"),
         ):
             err = refused(main, capsys, 2, *given, "--device", "ane-sim", flag, "x")
             assert f"{flag}: expected one of {known}, found 'x'" in err
+        both = ("--ane-mode", "static", "--ane-softmax", "cpu")
+        err = refused(main, capsys, 2, *given, "--device", "ane-sim", *both)
+        assert "--ane-softmax: expected ane with --ane-mode static, found cpu" in err
         err = refused(main, capsys, 2, *given, "--device", "ane-sim", "--ane-qos", "default")
         assert "--ane-qos: only for --device ane, found --device ane-sim" in err
         err = refused(main, capsys, 2, *given, "--device", "ane", "--ane-qos", "utilty")

@@ -68,7 +68,10 @@ EXCLUSIVE = {
     "decay_steps": ["--schedule", "wsd"],
     "val_data": ["--data", "x"],
     "min_learning_rate": ["--learning-rate", "99"],
-    **{name: ["--device", "ane-sim"] for name in ("chip", "numerics", "ane_scaling", "ane_softmax", "ane_fallback")},
+    **{
+        name: ["--device", "ane-sim"]
+        for name in ("chip", "numerics", "ane_scaling", "ane_softmax", "ane_fallback", "ane_mode")
+    },
     "ane_qos": ["--device", "ane"],
 }
 

@@ -116,6 +116,28 @@ def test_rates_come_out_as_simulated(capsys: pytest.CaptureFixture[str], monkeyp
     assert found["constants"]["matmul_tflops"]["source"].endswith(": the most that a product reached")
 
 
+def test_static_programs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights in them, held against float64 like the others; wide ones tell how fast weights stream."""
+    wide = ModelConfig(
+        dim=1024, hidden_dim=32, n_layers=1, n_heads=32, n_kv_heads=32, head_dim=64, vocab_size=32, max_seq_len=32
+    )
+    sizes = (
+        SMALL[1],
+        ane_selftest.Size("padded", Batch(NORMED, 2, 40), mode="static"),
+        ane_selftest.Size("wide", Batch(wide, 1, 32), ("qkv_bwd_static",), "static"),
+    )
+    monkeypatch.setattr(ane_selftest, "SIZES", sizes)
+    lines, found = selftest(capsys, 0, "--chip", "m5")
+    static = ["attn_fwd_static", "ffn_fwd_static", "ffn_bwd_static", "sdpa_bwd1_static", "qkv_bwd_static"]
+    rows = [line.split() for line in lines[2:-3]]
+    assert [row[0] for row in rows[2:]] == [*static, "qkv_bwd_static"]
+    assert all(row[2] == "ok" and 1e-5 < float(row[5]) < 3e-3 for row in rows)
+    rate = found["constants"]["weight_gb_s"]["value"] / load_chip("m5").constants["weight_gb_s"]
+    assert 0.8 < rate < 1.0  # activations take time as well
+    assert found["constants"]["weight_gb_s"]["source"].endswith(": the most that a product reached")
+    assert "conv_tflops" in found["selftest"]["measured"]
+
+
 @pytest.mark.parametrize(
     ("fault", "after", "stage", "program", "domain", "code"),
     [

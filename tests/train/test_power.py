@@ -186,11 +186,8 @@ def test_powermetrics_is_read_and_ended(end: str, monkeypatch: pytest.MonkeyPatc
     second = source.read()
     for unit, least, most in (("cpu", 2.0, 4.0), ("gpu", 0.5005, 0.5005), ("ane", 0.25, 0.25)):
         assert second.joules[unit] > first.joules[unit] >= 0
-        assert (
-            least
-            <= (second.joules[unit] - first.joules[unit]) / (second.joules["ane"] - first.joules["ane"]) / 4
-            <= most + 1e-6
-        )
+        ratio = (second.joules[unit] - first.joules[unit]) / (second.joules["ane"] - first.joules["ane"]) / 4
+        assert least - 1e-6 <= ratio <= most + 1e-6
     process = source._process
     assert process.poll() is None
     source.close()

@@ -20,7 +20,8 @@ struct work {
     const float *dx;               /* (N, dim) gradient of the block's output */
     float *dy, *act, *h_mlp;       /* (N, dim), (N, hidden), (N, dim): read by dw_down, dw_down, dw_gate_up */
     float *dmid, *dqkv, *h_attn;   /* (N, dim), (N, q + 2 kv), (N, dim): read by dw_wo, dw_qkv, dw_qkv */
-    int sdpa1, sdpa2;              /* program ids: with the softmax on the CPU or on the device */
+    int sdpa1, sdpa2, qkv_bwd;     /* program ids: by mode, and with the softmax on the CPU or on the device */
+    int gate_up_there;             /* gate and up are in the input of ffn_bwd_static */
     float dattn_most, dp_most;     /* max |dattn| and max |dp| as they stand in the outputs, */
     int dattn_exponent, dp_exponent; /* times 2^ these */
 };
@@ -30,8 +31,9 @@ static struct work make_work(struct anellm_ane_engine *engine, const struct anel
     const anellm_config *c = step->config;
     struct work k = {.engine = engine, .step = step, .w = w, .saved = saved, .N = step->B * step->T, .dim = c->dim,
                      .hidden = c->hidden_dim, .q = anellm_q_dim(c), .kv = anellm_kv_dim(c), .dx = dx};
-    const int given = engine->options.softmax_cpu;
-    k.sdpa1 = given ? ANELLM_ANE_SDPA_BWD1_GIVEN : ANELLM_ANE_SDPA_BWD1;
+    const int given = engine->options.softmax_cpu, is_static = anellm_ane_is_static(engine);
+    k.sdpa1 = given ? ANELLM_ANE_SDPA_BWD1_GIVEN : is_static ? ANELLM_ANE_SDPA_BWD1_STATIC : ANELLM_ANE_SDPA_BWD1;
+    k.qkv_bwd = is_static ? ANELLM_ANE_QKV_BWD_STATIC : ANELLM_ANE_QKV_BWD;
     k.sdpa2 = given ? ANELLM_ANE_SDPA_BWD2_GIVEN : ANELLM_ANE_SDPA_BWD2;
     k.dy = engine->buffers.base; /* anellm_ane_buffer_bytes */
     k.act = k.dy + k.N * k.dim;
@@ -139,6 +141,31 @@ static int read_dx_mlp(struct work *k, int exponent, int64_t *n_inf) {
     return anellm_ane_get(k->engine, k->step->workspace->h, k->dim, &dx, -exponent, 0, n_inf);
 }
 
+/* All of it in one program. */
+static int write_ffn(struct work *k, struct anellm_ane_scale *scale) {
+    const struct anellm_ane_place dy = place_in(k, ANELLM_ANE_FFN_BWD_STATIC, "dy");
+    const char *const names[2] = {"gate", "up"};
+    ANELLM_TRY(anellm_ane_stage(k->engine, dy.id, dy.layer, k->w));
+    for (int i = 0; i < 2 && !k->gate_up_there; ++i) {
+        const struct anellm_ane_place place = place_in(k, ANELLM_ANE_FFN_BWD_STATIC, names[i]);
+        float most = 0.0f;
+        ANELLM_TRY(anellm_ane_put(k->engine, &place, k->saved->gate_up + i * k->hidden, 2 * k->hidden, 0, &most));
+        if (!(most <= ANELLM_ANE_HALF_MAX)) return anellm_ane_too_large(&place, most);
+    }
+    k->gate_up_there = 1; /* a repetition has them: what comes out goes where they were */
+    return put_scaled(k, scale, ANELLM_ANE_SCALE_DY, &dy, k->dx, k->dim);
+}
+
+static int read_ffn(struct work *k, int exponent, int64_t *n_inf) {
+    const struct anellm_ane_place dx = place_out(k, ANELLM_ANE_FFN_BWD_STATIC, "dx");
+    const struct anellm_ane_place dgate = place_out(k, ANELLM_ANE_FFN_BWD_STATIC, "dgate");
+    const struct anellm_ane_place dup = place_out(k, ANELLM_ANE_FFN_BWD_STATIC, "dup");
+    float *dgate_up = k->saved->gate_up;
+    ANELLM_TRY(anellm_ane_get(k->engine, dgate_up, 2 * k->hidden, &dgate, -exponent, 0, n_inf));
+    ANELLM_TRY(anellm_ane_get(k->engine, dgate_up + k->hidden, 2 * k->hidden, &dup, -exponent, 0, n_inf));
+    return anellm_ane_get(k->engine, k->step->workspace->h, k->dim, &dx, -exponent, 0, n_inf);
+}
+
 /* dw (n_out, n_in) = dyᵀ x on the second queue. */
 static void submit(struct work *k, int which, float *dw, const float *dy, int64_t n_out, const float *x, int64_t n_in) {
     const struct anellm_ane_dw job = {.dw = dw, .dy = dy, .x = x, .n_out = n_out, .n_in = n_in, .N = k->N,
@@ -147,16 +174,27 @@ static void submit(struct work *k, int which, float *dw, const float *dy, int64_
     anellm_ane_jobs_submit(&k->engine->jobs, which, &job, k->engine->options.async_dw);
 }
 
+/* From saved->gate_up to its gradient. */
+static int dgate_up_of_dy(struct work *k) {
+    static const struct pass w2 = {ANELLM_ANE_FFN_BWD_W2, ANELLM_ANE_SCALE_DY, write_dy, read_dact};
+    ANELLM_TRY(run_pass(k, &w2));
+    const int64_t start = anellm_trace_begin();
+    ANELLM_TRY(anellm_swiglu_backward(k->saved->gate_up, k->step->workspace->scratch_a, k->saved->gate_up, k->N,
+                                      k->hidden));
+    anellm_trace_end(start, "swiglu", ANELLM_TRACE_CALLER, k->step->layer);
+    return ANELLM_OK;
+}
+
 int anellm_ane_mlp_backward(void *state, const struct anellm_step *step, float *dx,
                             const struct anellm_layer_weights *dw, const struct anellm_layer_weights *w,
                             const struct anellm_layer_saved *saved) {
-    static const struct pass w2 = {ANELLM_ANE_FFN_BWD_W2, ANELLM_ANE_SCALE_DY, write_dy, read_dact};
     static const struct pass w13 = {ANELLM_ANE_FFN_BWD_W13, ANELLM_ANE_SCALE_DGATE_UP, write_dgate_up, read_dx_mlp};
+    static const struct pass ffn = {ANELLM_ANE_FFN_BWD_STATIC, ANELLM_ANE_SCALE_DY, write_ffn, read_ffn};
     struct anellm_ane_engine *engine = state;
-    if (anellm_ane_on_cpu(engine, ANELLM_ANE_MLP_BACKWARD))
+    if (anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_MLP_BACKWARD))
         return anellm_ane_cpu_mlp_backward(engine, step, dx, dw, w, saved);
     struct work k = make_work(engine, step, dx, w, saved);
-    float *h = step->workspace->h, *dact = step->workspace->scratch_a, *dgate_up = saved->gate_up;
+    const int is_static = anellm_ane_is_static(engine);
 
     anellm_ane_jobs_wait(&engine->jobs, ANELLM_ANE_DW_DOWN);
     int64_t start = anellm_trace_begin();
@@ -164,21 +202,18 @@ int anellm_ane_mlp_backward(void *state, const struct anellm_step *step, float *
     ANELLM_TRY(anellm_swiglu_forward(k.act, saved->gate_up, k.N, k.hidden));
     anellm_trace_end(start, "swiglu", ANELLM_TRACE_CALLER, step->layer);
     submit(&k, ANELLM_ANE_DW_DOWN, dw->down, k.dy, k.dim, k.act, k.hidden);
-    ANELLM_TRY(run_pass(&k, &w2));
-    start = anellm_trace_begin();
-    ANELLM_TRY(anellm_swiglu_backward(dgate_up, dact, saved->gate_up, k.N, k.hidden));
-    anellm_trace_end(start, "swiglu", ANELLM_TRACE_CALLER, step->layer);
+    ANELLM_TRY(is_static ? run_pass(&k, &ffn) : dgate_up_of_dy(&k));
 
     anellm_ane_jobs_wait(&engine->jobs, ANELLM_ANE_DW_GATE_UP);
     start = anellm_trace_begin();
     ANELLM_TRY(anellm_rmsnorm_forward(k.h_mlp, k.dim, NULL, saved->mid, k.dim, w->mlp_norm, k.N, k.dim,
                                       step->config->norm_eps));
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
-    submit(&k, ANELLM_ANE_DW_GATE_UP, dw->gate_up, dgate_up, 2 * k.hidden, k.h_mlp, k.dim);
-    ANELLM_TRY(run_pass(&k, &w13));
+    submit(&k, ANELLM_ANE_DW_GATE_UP, dw->gate_up, saved->gate_up, 2 * k.hidden, k.h_mlp, k.dim);
+    if (!is_static) ANELLM_TRY(run_pass(&k, &w13));
     start = anellm_trace_begin();
-    ANELLM_TRY(anellm_rmsnorm_backward(dx, k.dim, dw->mlp_norm, h, k.dim, saved->mid, k.dim, w->mlp_norm,
-                                       saved->mlp_rstd, k.N, k.dim, 1));
+    ANELLM_TRY(anellm_rmsnorm_backward(dx, k.dim, dw->mlp_norm, step->workspace->h, k.dim, saved->mid, k.dim,
+                                       w->mlp_norm, saved->mlp_rstd, k.N, k.dim, 1));
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
     return ANELLM_OK;
 }
@@ -186,7 +221,8 @@ int anellm_ane_mlp_backward(void *state, const struct anellm_step *step, float *
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
 static int write_dmid(struct work *k, struct anellm_ane_scale *scale) {
-    const struct anellm_ane_place dmid = place_in(k, ANELLM_ANE_WO_BWD, "dmid");
+    const int is_static = k->sdpa1 == ANELLM_ANE_SDPA_BWD1_STATIC; /* q, k, v are there since forward */
+    const struct anellm_ane_place dmid = place_in(k, is_static ? k->sdpa1 : ANELLM_ANE_WO_BWD, "dmid");
     ANELLM_TRY(anellm_ane_stage(k->engine, dmid.id, dmid.layer, k->w));
     return put_scaled(k, scale, ANELLM_ANE_SCALE_DMID, &dmid, k->dx, k->dim);
 }
@@ -212,7 +248,7 @@ static int read_dv_dp(struct work *k, int exponent, int64_t *n_inf) {
     ANELLM_TRY(anellm_ane_get(k->engine, k->dqkv + k->q + k->kv, k->q + 2 * k->kv, &dv, -exponent, 0, n_inf));
     ANELLM_TRY(anellm_ane_absmax(k->engine, &dp, &k->dp_most));
     *n_inf += isinf(k->dp_most) != 0;
-    if (k->sdpa1 != ANELLM_ANE_SDPA_BWD1) return ANELLM_OK;
+    if (k->sdpa1 == ANELLM_ANE_SDPA_BWD1_GIVEN) return ANELLM_OK;
     const struct anellm_ane_place p = place_out(k, k->sdpa1, "p"), p_in = place_in(k, k->sdpa2, "p");
     return anellm_ane_copy(k->engine, &p_in, &p, 0, n_inf);
 }
@@ -221,6 +257,7 @@ static int write_dp(struct work *k, struct anellm_ane_scale *scale) {
     const struct anellm_ane_place q_from = place_in(k, k->sdpa1, "q"), q_to = place_in(k, k->sdpa2, "q");
     const struct anellm_ane_place k_from = place_in(k, k->sdpa1, "k"), k_to = place_in(k, k->sdpa2, "k");
     int64_t n_inf = 0; /* they were finite in forward */
+    if (anellm_ane_is_static(k->engine)) ANELLM_TRY(anellm_ane_stage(k->engine, k->sdpa2, k->step->layer, k->w));
     ANELLM_TRY(anellm_ane_copy(k->engine, &q_to, &q_from, 0, &n_inf));
     ANELLM_TRY(anellm_ane_copy_centred(k->engine, &k_to, &k_from, &n_inf)); /* forward.c */
     const struct anellm_ane_place to = place_in(k, k->sdpa2, "dp"), from = place_out(k, k->sdpa1, "dp");
@@ -266,13 +303,13 @@ static int read_dq_dk(struct work *k, int exponent, int64_t *n_inf) {
 }
 
 static int write_dqkv(struct work *k, struct anellm_ane_scale *scale) {
-    const struct anellm_ane_place dqkv = place_in(k, ANELLM_ANE_QKV_BWD, "dqkv");
+    const struct anellm_ane_place dqkv = place_in(k, k->qkv_bwd, "dqkv");
     ANELLM_TRY(anellm_ane_stage(k->engine, dqkv.id, dqkv.layer, k->w));
     return put_scaled(k, scale, ANELLM_ANE_SCALE_DQKV, &dqkv, k->dqkv, k->q + 2 * k->kv);
 }
 
 static int read_dx_attn(struct work *k, int exponent, int64_t *n_inf) {
-    const struct anellm_ane_place dx = place_out(k, ANELLM_ANE_QKV_BWD, "dx");
+    const struct anellm_ane_place dx = place_out(k, k->qkv_bwd, "dx");
     return anellm_ane_get(k->engine, k->step->workspace->h, k->dim, &dx, -exponent, 0, n_inf);
 }
 
@@ -282,21 +319,23 @@ static int sdpa_backward(struct work *k) {
     const struct pass sdpa1 = {k->sdpa1, ANELLM_ANE_SCALE_DATTN, write_dattn, read_dv_dp};
     const struct pass sdpa2 = {k->sdpa2, ANELLM_ANE_SCALE_DP, k->engine->options.softmax_cpu ? write_ds : write_dp,
                                read_dq_dk};
-    ANELLM_TRY(run_pass(k, &wo));
+    const struct pass fused = {k->sdpa1, ANELLM_ANE_SCALE_DMID, write_dmid, read_dv_dp};
+    const int is_static = k->sdpa1 == ANELLM_ANE_SDPA_BWD1_STATIC;
+    if (!is_static) ANELLM_TRY(run_pass(k, &wo));
     anellm_ane_jobs_wait(&k->engine->jobs, ANELLM_ANE_DW_QKV);
-    ANELLM_TRY(run_pass(k, &sdpa1));
+    ANELLM_TRY(run_pass(k, is_static ? &fused : &sdpa1));
     return run_pass(k, &sdpa2);
 }
 
 int anellm_ane_attention_backward(void *state, const struct anellm_step *step, float *dx,
                                   const struct anellm_layer_weights *dw, const struct anellm_layer_weights *w,
                                   const struct anellm_layer_saved *saved) {
-    static const struct pass qkv = {ANELLM_ANE_QKV_BWD, ANELLM_ANE_SCALE_DQKV, write_dqkv, read_dx_attn};
     struct anellm_ane_engine *engine = state;
-    if (anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD))
+    if (anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_ATTENTION_BACKWARD))
         return anellm_ane_cpu_attention_backward(engine, step, dx, dw, w, saved);
     const anellm_config *c = step->config;
     struct work k = make_work(engine, step, dx, w, saved);
+    const struct pass qkv = {k.qkv_bwd, ANELLM_ANE_SCALE_DQKV, write_dqkv, read_dx_attn};
     const int64_t ld = k.q + 2 * k.kv;
     float *h = step->workspace->h;
 

@@ -13,6 +13,7 @@ static int ane_supports(const anellm_config *config, int64_t B, int64_t T) {
 static int ane_weights_changed(void *state) {
     struct anellm_ane_engine *engine = state;
     engine->generation++;
+    engine->weights++;
     return ANELLM_OK;
 }
 

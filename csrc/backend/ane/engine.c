@@ -1,18 +1,30 @@
 #include "backend/ane/engine.h"
 
+#include "backend/ane/baked.h"
+#include "backend/ane/compile.h"
 #include "core/status.h"
-#include "core/trace.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* Whether the layers share one input surface: nothing stays in it from one evaluation to the next. */
-static int shares_input(int id) { return id == ANELLM_ANE_SDPA_BWD2 || id == ANELLM_ANE_ATTN_VALUES; }
+static int shares_input(int id) {
+    switch (id) {
+    case ANELLM_ANE_SDPA_BWD2:
+    case ANELLM_ANE_ATTN_VALUES:
+    case ANELLM_ANE_ATTN_FWD_STATIC:
+    case ANELLM_ANE_FFN_FWD_STATIC:
+    case ANELLM_ANE_FFN_BWD_STATIC:
+    case ANELLM_ANE_QKV_BWD_STATIC: return 1;
+    default: return 0;
+    }
+}
 
 /* ---- programs and sets ------------------------------------------------------------------------------------------- */
 
 static void close_program(struct anellm_ane_engine *engine, struct anellm_ane_program_state *p) {
+    for (int64_t i = 0; p->own != NULL && i < engine->config.n_layers; ++i) anellm_ane_release(engine, &p->own[i]);
+    free(p->own);
     for (int64_t i = 0; p->inputs != NULL && i < p->n_inputs; ++i) {
         struct anellm_ane_input *input = &p->inputs[i];
         anellm_ane_request_free(input->request);
@@ -22,10 +34,7 @@ static void close_program(struct anellm_ane_engine *engine, struct anellm_ane_pr
     free(p->inputs);
     engine->stats.surface_bytes -= anellm_ane_surface_bytes(p->output);
     anellm_ane_surface_free(p->output);
-    if (p->handle != NULL) {
-        anellm_ane_program_free(p->handle);
-        engine->stats.programs--;
-    }
+    anellm_ane_unbuild(engine, p->handle);
     memset(p, 0, sizeof *p);
 }
 
@@ -39,43 +48,25 @@ static int make_surfaces(struct anellm_ane_engine *engine, struct anellm_ane_pro
     p->inputs = calloc((size_t)p->n_inputs, sizeof *p->inputs);
     if (p->inputs == NULL)
         return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for %lld inputs", (long long)p->n_inputs);
-    anellm_ane_port in, out;
-    ANELLM_TRY(anellm_ane_get_port(p->handle, 0, 0, 0, &in));
-    ANELLM_TRY(anellm_ane_get_port(p->handle, 0, 1, 0, &out));
     ANELLM_TRY(make_surface(engine, &p->output, p->out.bytes));
     for (int64_t i = 0; i < p->n_inputs; ++i) {
         struct anellm_ane_input *input = &p->inputs[i];
         ANELLM_TRY(make_surface(engine, &input->surface, p->in.bytes));
-        ANELLM_TRY(anellm_ane_request_create(p->handle, &input->request, 0, &input->surface, &in.symbol, 1, &p->output,
-                                             &out.symbol, 1));
+        if (p->handle != NULL)
+            ANELLM_TRY(anellm_ane_make_request(p->handle, &input->request, input->surface, p->output));
     }
     return ANELLM_OK;
-}
-
-static int compile(struct anellm_ane_engine *engine, struct anellm_ane_program_state *p, int id,
-                   const struct anellm_ane_shape *shape) {
-    struct anellm_ane_text text;
-    ANELLM_TRY(anellm_ane_program_text(&text, id, shape));
-    const int64_t start = anellm_trace_begin();
-    int status = anellm_ane_compile(engine->device, &p->handle, text.mil, text.mil_bytes, text.files, text.n_files);
-    p->flops = text.flops;
-    anellm_ane_text_free(&text);
-    if (status == ANELLM_OK) {
-        engine->stats.programs++;
-        status = anellm_ane_load(p->handle);
-    }
-    anellm_trace_end(start, "compile", ANELLM_TRACE_DEVICE, -1);
-    if (status == ANELLM_OK) return ANELLM_OK;
-    char why[400];
-    snprintf(why, sizeof why, "%s", anellm_last_error());
-    return anellm_fail(status, "program %s for B = %lld, T = %lld: %s", anellm_ane_program_name(id),
-                       (long long)shape->B, (long long)shape->T, why);
 }
 
 static int open_program(struct anellm_ane_engine *engine, struct anellm_ane_set *set, int id) {
     struct anellm_ane_program_state *p = &set->programs[id];
     int status = anellm_ane_program_io(&p->in, &p->out, id, &set->shape);
-    if (status == ANELLM_OK) status = compile(engine, p, id, &set->shape);
+    if (status == ANELLM_OK && !anellm_ane_is_static(engine)) {
+        status = anellm_ane_build(engine, &p->handle, &p->flops, id, &set->shape, NULL, -1);
+    } else if (status == ANELLM_OK) {
+        p->own = calloc((size_t)engine->config.n_layers, sizeof *p->own);
+        if (p->own == NULL) status = anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for a program of each layer");
+    }
     p->n_inputs = shares_input(id) ? 1 : engine->config.n_layers;
     if (status == ANELLM_OK) status = make_surfaces(engine, p);
     if (status != ANELLM_OK) close_program(engine, p);
@@ -86,6 +77,7 @@ static void drop_set(struct anellm_ane_engine *engine, int index) {
     struct anellm_ane_set *set = engine->sets[index];
     for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id) close_program(engine, &set->programs[id]);
     if (engine->set == set) engine->set = NULL;
+    free(set->layers_on_cpu);
     free(set);
     engine->sets[index] = engine->sets[--engine->n_sets];
 }
@@ -93,7 +85,7 @@ static void drop_set(struct anellm_ane_engine *engine, int index) {
 /* Whether a set needs the program: one that the model evaluates, and the CPU has not taken its part. */
 static int is_used(const struct anellm_ane_engine *engine, const struct anellm_ane_set *set, int id, int training) {
     const int parts = anellm_ane_parts_without(id), on_cpu = set == NULL ? 0 : set->on_cpu;
-    return anellm_ane_program_used(id, &engine->config, training, engine->options.softmax_cpu) &&
+    return anellm_ane_program_used(id, &engine->config, training, &engine->options) &&
            (parts & on_cpu) != parts;
 }
 
@@ -101,7 +93,7 @@ static int is_used(const struct anellm_ane_engine *engine, const struct anellm_a
 static int count_missing(const struct anellm_ane_engine *engine, const struct anellm_ane_set *set, int training) {
     int n = 0;
     for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id)
-        n += is_used(engine, set, id, training) && (set == NULL || set->programs[id].handle == NULL);
+        n += is_used(engine, set, id, training) && (set == NULL || set->programs[id].output == NULL);
     return n;
 }
 
@@ -133,8 +125,10 @@ static int goes_before(const struct anellm_ane_engine *engine, const struct anel
 
 /* Give up sets other than `keep` until `n` more programs have room. */
 static void make_room(struct anellm_ane_engine *engine, const struct anellm_ane_set *keep, int n) {
-    while (engine->stats.programs + n > ANELLM_ANE_MAX_PROGRAMS ||
-           (keep == NULL && engine->n_sets == ANELLM_ANE_MAX_SETS)) {
+    const int is_static = anellm_ane_is_static(engine);
+    while (is_static ? engine->n_sets > (keep != NULL)
+                     : engine->stats.programs + n > ANELLM_ANE_MAX_PROGRAMS ||
+                           (keep == NULL && engine->n_sets == ANELLM_ANE_MAX_SETS)) {
         int first = -1;
         for (int i = 0; i < engine->n_sets; ++i) {
             if (engine->sets[i] == keep) continue;
@@ -168,7 +162,7 @@ static int open_or_refuse(struct anellm_ane_engine *engine, struct anellm_ane_se
 static int complete_set(struct anellm_ane_engine *engine, struct anellm_ane_set *set, int training) {
     for (int backward = 0; backward <= training; ++backward)
         for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id)
-            if (is_used(engine, set, id, backward) && set->programs[id].handle == NULL)
+            if (is_used(engine, set, id, backward) && set->programs[id].output == NULL)
                 ANELLM_TRY(open_or_refuse(engine, set, id));
     return ANELLM_OK;
 }
@@ -182,16 +176,25 @@ static int find_or_make_set(struct anellm_ane_engine *engine, struct anellm_ane_
     const int missing = count_missing(engine, set, training);
     *found = set;
     if (set != NULL && missing == 0) return ANELLM_OK;
-    if (engine->stats.programs + missing > ANELLM_ANE_MAX_PROGRAMS) {
+    if (anellm_ane_is_static(engine) || engine->stats.programs + missing > ANELLM_ANE_MAX_PROGRAMS) {
         /* Compiles are few (Q15): rather compute too much than throw out a set. */
-        *found = find_fitting(engine, B, shape.Tp, training, 1);
-        if (*found != NULL) return ANELLM_OK;
+        struct anellm_ane_set *longer = find_fitting(engine, B, shape.Tp, training, 1);
+        if (longer != NULL) {
+            *found = longer;
+            return ANELLM_OK;
+        }
     }
     make_room(engine, set, missing);
     const int made = set == NULL;
     if (made) {
         set = calloc(1, sizeof *set);
-        if (set == NULL) return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for a set of programs");
+        uint8_t *layers = calloc((size_t)engine->config.n_layers, sizeof *layers);
+        if (set == NULL || layers == NULL) {
+            free(set);
+            free(layers);
+            return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for a set of programs");
+        }
+        set->layers_on_cpu = layers;
         set->shape = shape;
         set->shape.config = &engine->config;
         engine->sets[engine->n_sets++] = set;
@@ -213,11 +216,33 @@ int anellm_ane_use(struct anellm_ane_engine *engine, int64_t B, int64_t T, int t
     return anellm_block_reserve(&engine->buffers, (size_t)anellm_ane_buffer_bytes(&engine->config, B * T));
 }
 
-void anellm_ane_begin_pass(struct anellm_ane_engine *engine) {
+/* A forward begins: its operations count from here. */
+static void begin_pass(struct anellm_ane_engine *engine) {
     engine->stats.total_ane_flops += engine->stats.ane_flops;
     engine->stats.total_cpu_flops += engine->stats.cpu_flops;
     engine->stats.ane_flops = engine->stats.cpu_flops = 0.0;
     memset(engine->activations, 0, (size_t)engine->config.n_layers * sizeof *engine->activations);
+}
+
+int anellm_ane_begin_layer(struct anellm_ane_engine *engine, const struct anellm_step *step) {
+    const int fits = engine->set != NULL && engine->rows.B == step->B && engine->rows.T == step->T &&
+                     count_missing(engine, engine->set, step->training) == 0;
+    if (fits && (step->layer > 0 || step->again)) return ANELLM_OK;
+    ANELLM_TRY(anellm_ane_use(engine, step->B, step->T, step->training));
+    if (!step->again) begin_pass(engine);
+    return ANELLM_OK;
+}
+
+void anellm_ane_hold(struct anellm_ane_engine *engine, int64_t first, int64_t last) {
+    engine->hold_first = first;
+    engine->hold_last = last;
+    for (int i = 0; i < engine->n_sets; ++i) {
+        for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id) {
+            struct anellm_ane_own *own = engine->sets[i]->programs[id].own;
+            for (int64_t layer = 0; own != NULL && layer < engine->config.n_layers; ++layer)
+                if (layer < first || layer >= last) anellm_ane_release(engine, &own[layer]);
+        }
+    }
 }
 
 struct anellm_ane_scale *anellm_ane_scale_at(struct anellm_ane_engine *engine, int64_t layer, int boundary) {
@@ -239,10 +264,11 @@ int anellm_ane_memory(int64_t *bytes, const anellm_config *config, int64_t B, in
     const struct anellm_ane_shape shape = anellm_ane_shape_of(config, B, T);
     int64_t sum = training ? anellm_ane_buffer_bytes(config, B * T) : 0;
     for (int id = 0; id < ANELLM_ANE_N_PROGRAMS; ++id) {
-        if (!anellm_ane_program_used(id, config, training, options != NULL && options->softmax_cpu)) continue;
+        if (!anellm_ane_program_used(id, config, training, options)) continue;
         struct anellm_ane_io in, out;
         ANELLM_TRY(anellm_ane_program_io(&in, &out, id, &shape));
         sum += in.bytes * (shares_input(id) ? 1 : config->n_layers) + out.bytes;
+        sum += anellm_ane_weight_bytes(id, config) * config->n_layers;
     }
     *bytes = sum;
     return ANELLM_OK;
@@ -255,20 +281,26 @@ static int check_flag(const char *name, int32_t value) {
 
 int anellm_ane_engine_create(struct anellm_ane_engine **out, const anellm_config *config, anellm_ane *device,
                              const anellm_ane_options *options) {
-    const anellm_ane_options plain = {.scaling = 1, .softmax_cpu = 0, .async_dw = 1, .fallback = 1};
+    const anellm_ane_options plain = {.scaling = 1, .async_dw = 1, .fallback = 1};
     int64_t bytes = 0;
     if (options == NULL) options = &plain;
     ANELLM_TRY(check_flag("scaling", options->scaling));
     ANELLM_TRY(check_flag("softmax_cpu", options->softmax_cpu));
     ANELLM_TRY(check_flag("async_dw", options->async_dw));
     ANELLM_TRY(check_flag("fallback", options->fallback));
+    ANELLM_TRY(check_flag("mode", options->mode));
+    ANELLM_REQUIRE(options->compile_budget >= 0, "options: compile_budget = %d, must not be negative",
+                   options->compile_budget);
+    if (options->mode == ANELLM_ANE_STATIC && options->softmax_cpu)
+        return anellm_fail(ANELLM_UNSUPPORTED, "options: softmax_cpu = 1 has no programs with mode = 1 (static)");
     ANELLM_TRY(anellm_ane_memory(&bytes, config, 1, 1, 1, options)); /* UNSUPPORTED when no chip takes it */
     struct anellm_ane_engine *engine = calloc(1, sizeof *engine);
     if (engine == NULL) return anellm_fail_in(__func__, ANELLM_NOMEM, "no memory for a handle");
     engine->config = *config;
     engine->device = device;
     engine->options = *options;
-    engine->generation = 1;
+    engine->generation = engine->weights = 1;
+    engine->hold_last = config->n_layers;
     engine->scales = calloc((size_t)config->n_layers * ANELLM_ANE_N_SCALES, sizeof *engine->scales);
     engine->activations = calloc((size_t)config->n_layers, sizeof *engine->activations);
     int status = ANELLM_OK;

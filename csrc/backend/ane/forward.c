@@ -1,4 +1,5 @@
 /* Forward blocks. Norms and residual additions on the CPU in fp32, the rest on the device. */
+#include "backend/ane/baked.h"
 #include "backend/ane/blocks.h"
 #include "backend/ane/softmax.h"
 #include "core/status.h"
@@ -8,20 +9,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* max |x|; bits of magnitudes compare like the numbers, and NaN above inf above all. */
-static float absmax(const float *x, int64_t n) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        int32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    float value;
-    memcpy(&value, &most, sizeof value);
-    return value;
-}
-
 /* The normed input h (N, dim) into the program's first field. */
 static int put_input(struct anellm_ane_engine *engine, const struct anellm_ane_place *place, const float *h) {
     float most = 0.0f;
@@ -30,7 +17,7 @@ static int put_input(struct anellm_ane_engine *engine, const struct anellm_ane_p
 }
 
 /* One program that ends in y: out (N, dim) = residual + y. y comes times the power of two that its last matrix was
- * staged with; when it overflows, the matrix is staged smaller and the evaluation repeated, once. */
+ * staged (or baked) with; when it overflows, the matrix is staged smaller and the evaluation repeated, once. */
 struct tail {
     int id, boundary;
     int64_t layer;
@@ -50,7 +37,8 @@ static int evaluate_tail(struct anellm_ane_engine *engine, const struct tail *t,
         memcpy(t->out, t->residual, (size_t)(N * dim) * sizeof(float));
         ANELLM_TRY(anellm_ane_get(engine, t->out, dim, &y, engine->options.scaling ? -scale->exponent : 0, 1, &n_inf));
         if (n_inf == 0) {
-            engine->generation += anellm_ane_scale_raise(scale, engine->result);
+            /* Baked, it stays low: each way costs a compile, and a run must not depend on when it was restarted. */
+            if (!anellm_ane_is_static(engine)) engine->generation += anellm_ane_scale_raise(scale, engine->result);
             return ANELLM_OK;
         }
         if (attempt > 0 || !engine->options.scaling || !anellm_ane_scale_lower(scale))
@@ -144,16 +132,19 @@ static int save_for_cpu(struct anellm_ane_engine *engine, int id, const struct a
 
 static int attention_fused(struct anellm_ane_engine *engine, const struct anellm_step *step, float *mid,
                            const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
-    enum { ID = ANELLM_ANE_ATTN_FWD, TO = ANELLM_ANE_SDPA_BWD1 };
-    static const struct tap taps[] = {{"q", ID, TO, 0}, {"k", ID, TO, 0}, {"v", ID, TO, 1}};
-    const struct anellm_ane_place x = {ID, ANELLM_ANE_IN, step->layer, "x"};
-    const struct tail tail = {ID, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
+    const int is_static = anellm_ane_is_static(engine);
+    const int id = is_static ? ANELLM_ANE_ATTN_FWD_STATIC : ANELLM_ANE_ATTN_FWD;
+    const int to = is_static ? ANELLM_ANE_SDPA_BWD1_STATIC : ANELLM_ANE_SDPA_BWD1;
+    const struct tap taps[] = {{"q", id, to, 0}, {"k", id, to, 0}, {"v", id, to, 1}};
+    const struct anellm_ane_place x = {id, ANELLM_ANE_IN, step->layer, "x"};
+    const struct tail tail = {id, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
     ANELLM_TRY(put_input(engine, &x, step->workspace->h));
     ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));
-    if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, ID, step, w, saved));
+    if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, id, step, w, saved));
     if (!step->training) return ANELLM_OK;
-    if (anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD)) return save_for_cpu(engine, ID, step, saved);
-    ANELLM_TRY(save_attn(engine, ID, step, saved));
+    if (anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_ATTENTION_BACKWARD))
+        return save_for_cpu(engine, id, step, saved);
+    ANELLM_TRY(save_attn(engine, id, step, saved));
     return copy_taps(engine, taps, 3, step->layer);
 }
 
@@ -175,7 +166,7 @@ static int softmax_on_cpu(struct anellm_ane_engine *engine, const struct anellm_
     if (status == ANELLM_OK) status = ended;
     if (status == ANELLM_OK && n_inf > 0)
         status = anellm_ane_nonfinite(ANELLM_ANE_ATTN_SCORES, step->layer, "output scores is infinite");
-    if (status == ANELLM_OK && step->training && !anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD))
+    if (status == ANELLM_OK && step->training && !anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_ATTENTION_BACKWARD))
         status = anellm_ane_copy(engine, &kept, &p, 0, &n_inf);
     return status;
 }
@@ -195,7 +186,7 @@ static int attention_split(struct anellm_ane_engine *engine, const struct anellm
     ANELLM_TRY(anellm_ane_run(engine, SCORES, step->layer));
     ANELLM_TRY(copy_taps(engine, v_tap, 1, step->layer));
     ANELLM_TRY(softmax_on_cpu(engine, step));
-    const int on_cpu = anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_BACKWARD);
+    const int on_cpu = anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_ATTENTION_BACKWARD);
     if (step->training && !on_cpu) ANELLM_TRY(copy_taps(engine, taps, 3, step->layer));
     if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, SCORES, step, w, saved));
     if (step->training && on_cpu) ANELLM_TRY(save_for_cpu(engine, SCORES, step, saved));
@@ -210,11 +201,11 @@ int anellm_ane_attention_forward(void *state, const struct anellm_step *step, fl
                                  const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     struct anellm_ane_engine *engine = state;
     const anellm_config *c = step->config;
-    if (step->layer == 0 && !step->again) {
-        ANELLM_TRY(anellm_ane_use(engine, step->B, step->T, step->training));
-        anellm_ane_begin_pass(engine);
-    }
-    if (anellm_ane_on_cpu(engine, ANELLM_ANE_ATTENTION_FORWARD))
+    static const int ids[] = {ANELLM_ANE_ATTN_FWD_STATIC, ANELLM_ANE_SDPA_BWD1_STATIC, ANELLM_ANE_SDPA_BWD2,
+                              ANELLM_ANE_QKV_BWD_STATIC};
+    ANELLM_TRY(anellm_ane_begin_layer(engine, step));
+    ANELLM_TRY(anellm_ane_prepare(engine, ids, step->training ? 4 : 1, step->layer, w));
+    if (anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_ATTENTION_FORWARD))
         return anellm_ane_cpu_attention_forward(engine, step, mid, w, saved);
     const int64_t start = anellm_trace_begin();
     ANELLM_TRY(anellm_rmsnorm_forward(step->workspace->h, c->dim, saved->attn_rstd, saved->x, c->dim, w->attn_norm,
@@ -230,11 +221,11 @@ static int mlp_on_device(struct anellm_ane_engine *engine, const struct anellm_s
                          const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     const anellm_config *c = step->config;
     const int64_t N = step->B * step->T, dim = c->dim, hidden = c->hidden_dim;
-    enum { ID = ANELLM_ANE_FFN_FWD };
-    const struct anellm_ane_place x = {ID, ANELLM_ANE_IN, step->layer, "h"};
-    const struct anellm_ane_place gate = {ID, ANELLM_ANE_OUT, step->layer, "gate"};
-    const struct anellm_ane_place up = {ID, ANELLM_ANE_OUT, step->layer, "up"};
-    const struct tail tail = {ID, ANELLM_ANE_SCALE_W2, step->layer, w, saved->mid, out};
+    const int id = anellm_ane_is_static(engine) ? ANELLM_ANE_FFN_FWD_STATIC : ANELLM_ANE_FFN_FWD;
+    const struct anellm_ane_place x = {id, ANELLM_ANE_IN, step->layer, "h"};
+    const struct anellm_ane_place gate = {id, ANELLM_ANE_OUT, step->layer, "gate"};
+    const struct anellm_ane_place up = {id, ANELLM_ANE_OUT, step->layer, "up"};
+    const struct tail tail = {id, ANELLM_ANE_SCALE_W2, step->layer, w, saved->mid, out};
     float *h = step->workspace->h;
     const int64_t start = anellm_trace_begin();
     ANELLM_TRY(anellm_rmsnorm_forward(h, dim, saved->mlp_rstd, saved->mid, dim, w->mlp_norm, N, dim, c->norm_eps));
@@ -245,7 +236,7 @@ static int mlp_on_device(struct anellm_ane_engine *engine, const struct anellm_s
     int64_t n_inf = 0;
     ANELLM_TRY(anellm_ane_get(engine, saved->gate_up, 2 * hidden, &gate, 0, 0, &n_inf));
     ANELLM_TRY(anellm_ane_get(engine, saved->gate_up + hidden, 2 * hidden, &up, 0, 0, &n_inf));
-    return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(ID, step->layer, "output gate or up is infinite");
+    return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(id, step->layer, "output gate or up is infinite");
 }
 
 /* out (N, dim) = mid + mlp(norm(mid)) */
@@ -253,12 +244,14 @@ int anellm_ane_mlp_forward(void *state, const struct anellm_step *step, float *o
                            const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     struct anellm_ane_engine *engine = state;
     const int64_t n = step->B * step->T * step->config->dim;
-    if (anellm_ane_on_cpu(engine, ANELLM_ANE_MLP_FORWARD)) {
+    static const int ids[] = {ANELLM_ANE_FFN_FWD_STATIC, ANELLM_ANE_FFN_BWD_STATIC};
+    ANELLM_TRY(anellm_ane_prepare(engine, ids, step->training ? 2 : 1, step->layer, w));
+    if (anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_MLP_FORWARD)) {
         ANELLM_TRY(anellm_ane_cpu_mlp_forward(engine, step, out, w, saved));
     } else {
         ANELLM_TRY(mlp_on_device(engine, step, out, w, saved));
     }
-    const float mid_most = absmax(saved->mid, n), out_most = absmax(out, n);
+    const float mid_most = anellm_ane_largest(saved->mid, n), out_most = anellm_ane_largest(out, n);
     engine->activations[step->layer] = mid_most > out_most ? mid_most : out_most;
     return ANELLM_OK;
 }

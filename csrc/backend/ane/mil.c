@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "backend/ane/blob.h"
+#include "backend/ane/layout.h"
 #include "core/status.h"
 #include "kernels/dispatch.h"
 
@@ -92,14 +93,17 @@ static struct constant_name new_constant(struct emitter *e) {
     return name;
 }
 
-static struct constant_name put_ints(struct emitter *e, const int64_t values[4]) {
+/* n: 2 or 4. */
+static struct constant_name put_numbers(struct emitter *e, const int64_t *values, int n) {
     const struct constant_name name = new_constant(e);
-    put(e, "        tensor<int32, [4]> %s = const()[name = string(\"%s\"), val = tensor<int32, [4]>(", name.text,
-        name.text);
-    put(e, "[%lld, %lld, %lld, %lld])];\n", (long long)values[0], (long long)values[1], (long long)values[2],
-        (long long)values[3]);
+    put(e, "        tensor<int32, [%d]> %s = const()[name = string(\"%s\"), val = tensor<int32, [%d]>([", n, name.text,
+        name.text, n);
+    for (int i = 0; i < n; i++) put(e, "%s%lld", i > 0 ? ", " : "", (long long)values[i]);
+    put(e, "])];\n");
     return name;
 }
+
+static struct constant_name put_ints(struct emitter *e, const int64_t values[4]) { return put_numbers(e, values, 4); }
 
 static struct constant_name put_scalar(struct emitter *e, const char *type, const char *value) {
     const struct constant_name name = new_constant(e);
@@ -143,20 +147,39 @@ static int add_file(struct emitter *e, const char *path, const uint16_t *values,
     return ANELLM_OK;
 }
 
+struct blob_path {
+    char text[64];
+};
+
+static struct blob_path path_of(const char *file) {
+    struct blob_path path;
+    snprintf(path.text, sizeof path.text, "@model_path/weights/%.36s.bin", file);
+    return path;
+}
+
+static int has_room(struct emitter *e) {
+    if (e->status == ANELLM_OK && e->text.n_files == ANELLM_ANE_MAX_FILES)
+        fail(e, anellm_fail(ANELLM_INTERNAL, "a program with more than %d weight files", ANELLM_ANE_MAX_FILES));
+    return e->status == ANELLM_OK;
+}
+
+static void put_blob(struct emitter *e, const struct emit_tensor *out, const struct blob_path *path) {
+    put(e, "        ");
+    put_type(e, out);
+    put(e, " %s = const()[name = string(\"%s\"), val = ", out->name, out->name);
+    put_type(e, out);
+    put(e, "(BLOBFILE(path = string(\"%s\"), offset = uint64(%d)))];\n", path->text, ANELLM_BLOB_ALIGN);
+}
+
 struct emit_tensor emit_constant(struct emitter *e, const char *file, int64_t height, int64_t width, emit_fill *fill,
                                const void *context) {
     struct emit_tensor out = {.dims = {1, 1, height, width}};
-    char path[64];
+    const struct blob_path path = path_of(file);
     snprintf(out.name, sizeof out.name, "w_%.40s", file);
-    snprintf(path, sizeof path, "@model_path/weights/%.36s.bin", file);
     for (int64_t i = 0; i < e->text.n_files; i++) {
-        if (strcmp(e->text.files[i].path, path) == 0) return e->blobs[i];
+        if (strcmp(e->text.files[i].path, path.text) == 0) return e->blobs[i];
     }
-    if (e->status != ANELLM_OK) return out;
-    if (e->text.n_files == ANELLM_ANE_MAX_FILES) {
-        fail(e, anellm_fail(ANELLM_INTERNAL, "a program with more than %d weight files", ANELLM_ANE_MAX_FILES));
-        return out;
-    }
+    if (!has_room(e)) return out;
     const int64_t n = height * width;
     float *wide = malloc((size_t)n * (sizeof(float) + sizeof(uint16_t)));
     if (wide == NULL) {
@@ -167,14 +190,53 @@ struct emit_tensor emit_constant(struct emitter *e, const char *file, int64_t he
     fill(wide, height, width, context);
     convert_f32_to_f16__portable(halves, wide, n);
     e->blobs[e->text.n_files] = out;
-    fail(e, add_file(e, path, halves, n));
+    fail(e, add_file(e, path.text, halves, n));
     free(wide);
-    put(e, "        ");
-    put_type(e, &out);
-    put(e, " %s = const()[name = string(\"%s\"), val = ", out.name, out.name);
-    put_type(e, &out);
-    put(e, "(BLOBFILE(path = string(\"%s\"), offset = uint64(%d)))];\n", path, ANELLM_BLOB_ALIGN);
+    put_blob(e, &out, &path);
     return out;
+}
+
+/* The matrix for a file as fp16, or zeros; out (n) is all zeros so far. */
+static void fill_weights(struct emitter *e, const char *file, uint16_t *out, int64_t n) {
+    const struct anellm_ane_matrix *m = NULL;
+    for (int i = 0; e->weights != NULL && i < e->weights->n; i++)
+        if (strcmp(e->weights->list[i].file, file) == 0) m = &e->weights->list[i];
+    if (e->weights == NULL) return;
+    if (m == NULL || m->w == NULL || m->rows * m->columns != n) {
+        fail(e, anellm_fail(ANELLM_INTERNAL, "program generator: no weights \"%s\" of %lld values", file,
+                            (long long)n));
+        return;
+    }
+    const float most = anellm_ane_write_weights(out, m->transposed ? m->rows : m->columns, m->w, m->columns, m->rows,
+                                                m->columns, m->transposed, m->exponent);
+    if (e->text.weights_largest != NULL && most <= e->text.weights_most) return;
+    e->text.weights_most = most;
+    e->text.weights_largest = m->file;
+}
+
+/* Each matrix is used in one place of a program. */
+static struct emit_tensor put_weights(struct emitter *e, const char *file, const int64_t dims[4]) {
+    struct emit_tensor out;
+    const struct blob_path path = path_of(file);
+    const int64_t n = dims[0] * dims[1] * dims[2] * dims[3];
+    memcpy(out.dims, dims, sizeof out.dims);
+    snprintf(out.name, sizeof out.name, "w_%.40s", file);
+    if (!has_room(e)) return out;
+    uint16_t *halves = calloc((size_t)n, sizeof *halves);
+    if (halves == NULL) {
+        fail(e, anellm_fail(ANELLM_NOMEM, "no memory for a program's weight file"));
+        return out;
+    }
+    fill_weights(e, file, halves, n);
+    fail(e, add_file(e, path.text, halves, n));
+    free(halves);
+    put_blob(e, &out, &path);
+    return out;
+}
+
+struct emit_tensor emit_vector(struct emitter *e, const char *file, int64_t width) {
+    const int64_t dims[4] = {1, 1, 1, width};
+    return put_weights(e, file, dims);
 }
 
 /* ---- ops -------------------------------------------------------------------------------------------------------- */
@@ -201,6 +263,7 @@ struct emit_tensor emit_slice(struct emitter *e, const char *name, const struct 
 
 struct emit_tensor emit_field(struct emitter *e, const struct emit_tensor *x, const struct anellm_ane_field *field) {
     const int64_t begin[4] = {0, field->channel, 0, field->column}, size[4] = {1, field->channels, 1, field->columns};
+    if (memcmp(size, x->dims, sizeof size) == 0) return *x;
     return emit_slice(e, field->name, x, begin, size);
 }
 
@@ -240,6 +303,36 @@ struct emit_tensor emit_matmul(struct emitter *e, const char *name, const struct
     const struct emit_tensor out = new_value(e, name, dims);
     open_op(e, &out, "matmul");
     put(e, "transpose_x = %s, transpose_y = %s, x = %s, y = %s", x_flag, y_flag, x->name, y->name);
+    close_op(e, &out);
+    return out;
+}
+
+static void name_conv_constants(struct emitter *e) {
+    static const int64_t ones[2] = {1, 1}, zeros[4] = {0, 0, 0, 0};
+    const struct constant_name pad_type = put_scalar(e, "string", "\"valid\""), strides = put_numbers(e, ones, 2);
+    const struct constant_name pad = put_ints(e, zeros), dilations = put_numbers(e, ones, 2);
+    const struct constant_name groups = put_scalar(e, "int32", "1");
+    snprintf(e->conv.pad_type, sizeof e->conv.pad_type, "%s", pad_type.text);
+    snprintf(e->conv.strides, sizeof e->conv.strides, "%s", strides.text);
+    snprintf(e->conv.pad, sizeof e->conv.pad, "%s", pad.text);
+    snprintf(e->conv.dilations, sizeof e->conv.dilations, "%s", dilations.text);
+    snprintf(e->conv.groups, sizeof e->conv.groups, "%s", groups.text);
+}
+
+struct emit_tensor emit_conv(struct emitter *e, const char *name, const struct emit_tensor *x, const char *file,
+                             int64_t channels) {
+    const int64_t weight_dims[4] = {channels, x->dims[1], 1, 1}, dims[4] = {1, channels, 1, x->dims[3]};
+    const int is_output = e->next_is_output;
+    expect(e, x->dims[0] == 1 && x->dims[2] == 1, "conv", name);
+    e->next_is_output = 0;
+    if (e->conv.groups[0] == '\0') name_conv_constants(e);
+    const struct emit_tensor weight = put_weights(e, file, weight_dims);
+    e->text.flops += 2.0 * (double)count(dims) * (double)x->dims[1];
+    e->next_is_output = is_output;
+    const struct emit_tensor out = new_value(e, name, dims);
+    open_op(e, &out, "conv");
+    put(e, "dilations = %s, groups = %s, pad = %s, pad_type = %s, strides = %s, weight = %s, x = %s", e->conv.dilations,
+        e->conv.groups, e->conv.pad, e->conv.pad_type, e->conv.strides, weight.name, x->name);
     close_op(e, &out);
     return out;
 }

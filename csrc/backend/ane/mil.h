@@ -22,6 +22,10 @@ struct emitter {
     int status, n_names, n_constants;
     int next_is_output;            /* the next value gets the output's name */
     char no[24], yes[24];          /* names of bool constants; "" until one is needed */
+    struct conv_names {            /* names of a convolution's constants; "" until one is needed */
+        char pad_type[24], strides[24], pad[24], dilations[24], groups[24];
+    } conv;
+    const struct anellm_ane_weights *weights; /* of emit_conv and emit_vector; NULL: zeros */
     struct emit_tensor blobs[ANELLM_ANE_MAX_FILES]; /* constants from weight files, which several places may use */
 };
 
@@ -31,7 +35,7 @@ int emit_finish(struct emitter *e, struct anellm_ane_text *text);
 /* The op called next makes the output. */
 void emit_output(struct emitter *e);
 
-/* The field, [1, channels, 1, columns]. */
+/* The field, [1, channels, 1, columns]; x itself when that is all of it. */
 struct emit_tensor emit_field(struct emitter *e, const struct emit_tensor *x, const struct anellm_ane_field *field);
 struct emit_tensor emit_slice(struct emitter *e, const char *name, const struct emit_tensor *x, const int64_t begin[4],
                             const int64_t size[4]);
@@ -58,5 +62,12 @@ struct emit_tensor emit_concat(struct emitter *e, const char *name, const struct
 typedef void emit_fill(float *out, int64_t height, int64_t width, const void *context);
 struct emit_tensor emit_constant(struct emitter *e, const char *file, int64_t height, int64_t width, emit_fill *fill,
                                const void *context);
+
+/* Constants of the layer's weights: the matrix of that name in e->weights, in a weight file of that name. */
+/* W x for a plane x [1, C, 1, S] and a constant W [channels, C, 1, 1]: [1, channels, 1, S]. Counts FLOPs. */
+struct emit_tensor emit_conv(struct emitter *e, const char *name, const struct emit_tensor *x, const char *file,
+                             int64_t channels);
+/* A constant (1, 1, 1, width). */
+struct emit_tensor emit_vector(struct emitter *e, const char *file, int64_t width);
 
 #endif

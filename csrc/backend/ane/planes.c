@@ -1,5 +1,6 @@
 #include "backend/ane/planes.h"
 
+#include "backend/ane/baked.h"
 #include "core/status.h"
 #include "core/threads.h"
 #include "core/trace.h"
@@ -39,6 +40,7 @@ int anellm_ane_plane_begin(struct anellm_ane_plane *plane, struct anellm_ane_eng
     plane->width = io->width;
     plane->channels = field->channels;
     plane->columns = field->columns;
+    plane->field = (int)(field - io->fields);
     return ANELLM_OK;
 }
 
@@ -49,13 +51,13 @@ int anellm_ane_plane_end(struct anellm_ane_plane *plane) { return anellm_ane_sur
 int anellm_ane_put(struct anellm_ane_engine *engine, const struct anellm_ane_place *place, const float *x, int64_t ld_x,
                    int exponent, float *absmax) {
     const int64_t start = anellm_trace_begin(), used = engine->rows.B * engine->rows.Tp;
-    struct anellm_ane_input *input = input_of(engine, place->id, place->layer);
     struct anellm_ane_plane plane;
     ANELLM_TRY(anellm_ane_plane_begin(&plane, engine, place));
+    int64_t *columns = &input_of(engine, place->id, place->layer)->columns[plane.field];
     *absmax = anellm_ane_write_rows(plane.at, plane.width, x, ld_x, engine->rows, plane.channels, exponent);
-    for (int64_t c = 0; used < input->columns && c < plane.channels; ++c)
-        memset(plane.at + c * plane.width + used, 0, (size_t)(input->columns - used) * sizeof *plane.at);
-    input->columns = used;
+    for (int64_t c = 0; used < *columns && c < plane.channels; ++c)
+        memset(plane.at + c * plane.width + used, 0, (size_t)(*columns - used) * sizeof *plane.at);
+    *columns = used;
     ANELLM_TRY(anellm_ane_plane_end(&plane));
     anellm_trace_end(start, "write", ANELLM_TRACE_CALLER, place->layer);
     return ANELLM_OK;
@@ -139,6 +141,20 @@ int anellm_ane_absmax(struct anellm_ane_engine *engine, const struct anellm_ane_
     return anellm_ane_plane_end(&scan.plane);
 }
 
+/* Bits of magnitudes compare like the numbers, and NaN above inf above all. */
+float anellm_ane_largest(const float *x, int64_t n) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float value;
+    memcpy(&value, &most, sizeof value);
+    return value;
+}
+
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
 struct matrix {
@@ -206,6 +222,7 @@ static int stage_scaled(struct anellm_ane_engine *engine, const struct anellm_an
 int anellm_ane_stage(struct anellm_ane_engine *engine, int id, int64_t layer, const struct anellm_layer_weights *w) {
     struct anellm_ane_input *input = input_of(engine, id, layer);
     const struct anellm_ane_io *io = &engine->set->programs[id].in;
+    if (anellm_ane_is_static(engine)) return anellm_ane_bake(engine, id, layer, w);
     if (input->staged == engine->generation) return ANELLM_OK;
     const int64_t start = anellm_trace_begin();
     for (int64_t i = 0; i < io->n_fields; ++i) {
@@ -252,9 +269,14 @@ int anellm_ane_run(struct anellm_ane_engine *engine, int id, int64_t layer) {
     struct anellm_ane_program_state *p = &engine->set->programs[id];
     int marked = 0;
     engine->result = 0.0f;
+    const struct anellm_ane_own *own = p->own == NULL ? NULL : &p->own[layer];
+    anellm_ane_program *handle = own == NULL ? p->handle : own->handle;
+    if (handle == NULL)
+        return anellm_fail(ANELLM_INTERNAL, "program %s, layer %lld: not compiled", anellm_ane_program_name(id),
+                           (long long)layer);
     ANELLM_TRY(mark(p));
     const int64_t start = anellm_trace_begin();
-    const int status = anellm_ane_evaluate(p->handle, input_of(engine, id, layer)->request);
+    const int status = anellm_ane_evaluate(handle, own == NULL ? input_of(engine, id, layer)->request : own->request);
     anellm_trace_end(start, anellm_ane_program_name(id), ANELLM_TRACE_DEVICE, layer);
     engine->stats.evaluations++;
     engine->stats.ane_flops += p->flops;

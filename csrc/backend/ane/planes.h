@@ -18,6 +18,7 @@ struct anellm_ane_place {
 struct anellm_ane_plane {
     uint16_t *at;
     int64_t width, channels, columns;
+    int field; /* its number */
     anellm_ane_surface *surface;
 };
 int anellm_ane_plane_begin(struct anellm_ane_plane *plane, struct anellm_ane_engine *engine,
@@ -40,7 +41,11 @@ int anellm_ane_copy_centred(struct anellm_ane_engine *engine, const struct anell
 /* max |field|, padding too; inf with any. */
 int anellm_ane_absmax(struct anellm_ane_engine *engine, const struct anellm_ane_place *place, float *absmax);
 
-/* Stage the layer's weights in the program's input, unless they are there already. */
+/* max |x|; inf and NaN compare above all numbers. */
+float anellm_ane_largest(const float *x, int64_t n);
+
+/* Stage the layer's weights in the program's input, unless they are there already; with mode STATIC compile them into
+ * the layer's program. */
 int anellm_ane_stage(struct anellm_ane_engine *engine, int id, int64_t layer, const struct anellm_layer_weights *w);
 
 /* Evaluate over the layer's input. EVAL, naming program, layer and the device's error; also when the device reports

@@ -21,6 +21,11 @@ static const struct ane_kernel *const kernels[ANELLM_ANE_N_PROGRAMS] = {
     [ANELLM_ANE_WO_FWD] = &ane_wo_fwd,
     [ANELLM_ANE_SDPA_BWD1_GIVEN] = &ane_sdpa_bwd1_given,
     [ANELLM_ANE_SDPA_BWD2_GIVEN] = &ane_sdpa_bwd2_given,
+    [ANELLM_ANE_ATTN_FWD_STATIC] = &ane_attn_fwd_static,
+    [ANELLM_ANE_FFN_FWD_STATIC] = &ane_ffn_fwd_static,
+    [ANELLM_ANE_FFN_BWD_STATIC] = &ane_ffn_bwd_static,
+    [ANELLM_ANE_SDPA_BWD1_STATIC] = &ane_sdpa_bwd1_static,
+    [ANELLM_ANE_QKV_BWD_STATIC] = &ane_qkv_bwd_static,
 };
 
 /* Token rows are padded to a multiple of this, and widths of surfaces rounded up to one: 16 is what the hardware asks
@@ -28,6 +33,9 @@ static const struct ane_kernel *const kernels[ANELLM_ANE_N_PROGRAMS] = {
 enum { ROW_UNIT = 32 };
 /* What the most capable chips take (Q30, Q31); others take less, and their compilers say so. */
 enum { MAX_EXTENT = 65536, MAX_INNER = 32768 };
+/* A conv of 32,000 input channels did not compile on M3 and M4; nobody has shown one of more anywhere (Q04). */
+enum { MAX_CONV_IN = 31999 };
+#define MAX_WEIGHT_BYTES (INT64_C(1) << 31) /* of one program (Q60) */
 
 static const struct ane_kernel *kernel_at(int id) {
     return id >= 0 && id < ANELLM_ANE_N_PROGRAMS ? kernels[id] : NULL;
@@ -38,11 +46,35 @@ const char *anellm_ane_program_name(int id) {
     return kernel != NULL ? kernel->name : NULL;
 }
 
-int anellm_ane_program_used(int id, const anellm_config *config, int training, int softmax_cpu) {
+int anellm_ane_program_mode(int index, int32_t *mode) {
+    ANELLM_REQUIRE(mode != NULL, "mode is NULL");
+    if (kernel_at(index) == NULL)
+        return anellm_fail(ANELLM_RANGE, "index is %d; there are %d Neural Engine programs", index,
+                           ANELLM_ANE_N_PROGRAMS);
+    *mode = kernels[index]->mode;
+    return ANELLM_OK;
+}
+
+int anellm_ane_program_used(int id, const anellm_config *config, int training, const anellm_ane_options *options) {
     const struct ane_kernel *kernel = kernel_at(id);
     (void)config; /* every model that there is has attention and an MLP */
     if (kernel == NULL || (kernel->backward && !training)) return 0;
-    return kernel->softmax_cpu < 0 || kernel->softmax_cpu == (softmax_cpu != 0);
+    const int softmax_cpu = options != NULL && options->softmax_cpu, mode = options != NULL ? options->mode : 0;
+    return (kernel->mode < 0 || kernel->mode == mode) &&
+           (kernel->softmax_cpu < 0 || kernel->softmax_cpu == softmax_cpu);
+}
+
+int64_t anellm_ane_weight_bytes(int id, const anellm_config *c) {
+    const int64_t dim = c->dim, hidden = c->hidden_dim, q = (int64_t)c->n_heads * c->head_dim;
+    const int64_t qkv = q + 2 * (int64_t)c->n_kv_heads * c->head_dim, norms = c->qk_norm ? 2 * (int64_t)c->head_dim : 0;
+    switch (id) {
+    case ANELLM_ANE_ATTN_FWD_STATIC: return 2 * (dim * (qkv + q) + norms);
+    case ANELLM_ANE_FFN_FWD_STATIC:
+    case ANELLM_ANE_FFN_BWD_STATIC: return 2 * 3 * dim * hidden;
+    case ANELLM_ANE_SDPA_BWD1_STATIC: return 2 * dim * q;
+    case ANELLM_ANE_QKV_BWD_STATIC: return 2 * dim * qkv;
+    default: return 0;
+    }
 }
 
 struct anellm_ane_shape anellm_ane_shape_of(const anellm_config *config, int64_t B, int64_t T) {
@@ -107,25 +139,33 @@ static int check_shape(const struct anellm_ane_shape *shape) {
     return ANELLM_OK;
 }
 
-/* Everything that one of the programs has as a channel, a height, a width or a sum. */
-static int check_limits(const char *name, const struct ane_dims *d) {
+/* Everything that one of the programs of that mode (-1: of both) has as a channel, a height, a width or a sum. */
+static int check_limits(const char *name, const struct ane_dims *d, int mode) {
     /* first each factor, so that no product overflows */
     ANELLM_TRY(check_extent(name, "the batch size", d->B, MAX_EXTENT));
     ANELLM_TRY(check_extent(name, "the padded sequence length", d->Tp, MAX_INNER));
+    const int64_t qkv = d->q + 2 * d->kv;
     const struct {
         const char *what;
         int64_t value, most;
+        int mode;
     } limits[] = {
-        {"batch size times padded sequence length", d->S, MAX_EXTENT},
-        {"batch size times n_heads", d->B * d->n_heads, MAX_EXTENT},
-        {"n_heads times padded sequence length", d->n_heads * d->Tp, MAX_EXTENT},
-        {"query heads of a key head times padded sequence length", d->group * d->Tp, MAX_INNER},
-        {"dim", d->dim, MAX_INNER},
-        {"n_heads times head_dim", d->q, MAX_INNER},
-        {"twice hidden_dim", 2 * d->hidden, MAX_INNER},
-        {"(n_heads + 2 n_kv_heads) times head_dim", d->q + 2 * d->kv, MAX_INNER},
+        {"batch size times padded sequence length", d->S, MAX_EXTENT, -1},
+        {"batch size times n_heads", d->B * d->n_heads, MAX_EXTENT, -1},
+        {"n_heads times padded sequence length", d->n_heads * d->Tp, MAX_EXTENT, -1},
+        {"query heads of a key head times padded sequence length", d->group * d->Tp, MAX_INNER, -1},
+        {"dim", d->dim, MAX_INNER, -1},
+        {"n_heads times head_dim", d->q, MAX_INNER, -1},
+        {"twice hidden_dim", 2 * d->hidden, MAX_INNER, ANELLM_ANE_DYNAMIC},
+        {"(n_heads + 2 n_kv_heads) times head_dim", qkv, MAX_INNER, ANELLM_ANE_DYNAMIC},
+        {"dim, the input channels of a convolution (Q04),", d->dim, MAX_CONV_IN, ANELLM_ANE_STATIC},
+        {"n_heads times head_dim, the input channels of a convolution (Q04),", d->q, MAX_CONV_IN, ANELLM_ANE_STATIC},
+        {"hidden_dim, the input channels of a convolution (Q04),", d->hidden, MAX_CONV_IN, ANELLM_ANE_STATIC},
+        {"(n_heads + 2 n_kv_heads) times head_dim, the input channels of a convolution (Q04),", qkv, MAX_CONV_IN,
+         ANELLM_ANE_STATIC},
     };
     for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++) {
+        if (limits[i].mode >= 0 && limits[i].mode != mode) continue;
         ANELLM_TRY(check_extent(name, limits[i].what, limits[i].value, limits[i].most));
     }
     return ANELLM_OK;
@@ -138,7 +178,9 @@ int anellm_ane_program_io(struct anellm_ane_io *in, struct anellm_ane_io *out, i
     ANELLM_REQUIRE(kernel != NULL, "id is %d; programs are 0 to %d", id, ANELLM_ANE_N_PROGRAMS - 1);
     ANELLM_TRY(check_shape(shape));
     const struct ane_dims d = dims_of(shape);
-    ANELLM_TRY(check_limits(kernel->name, &d));
+    ANELLM_TRY(check_limits(kernel->name, &d, kernel->mode));
+    ANELLM_TRY(check_extent(kernel->name, "the number of bytes of its weights (Q60)",
+                            anellm_ane_weight_bytes(id, shape->config), MAX_WEIGHT_BYTES));
     kernel->places(&input, &output, &d);
     finish_io(&input);
     finish_io(&output);
@@ -152,7 +194,8 @@ int anellm_ane_program_io(struct anellm_ane_io *in, struct anellm_ane_io *out, i
 
 /* ---- text ------------------------------------------------------------------------------------------------------- */
 
-int anellm_ane_program_text(struct anellm_ane_text *text, int id, const struct anellm_ane_shape *shape) {
+int anellm_ane_program_text(struct anellm_ane_text *text, int id, const struct anellm_ane_shape *shape,
+                            const struct anellm_ane_weights *weights) {
     struct anellm_ane_io in;
     struct emitter e;
     struct emit_tensor input;
@@ -160,6 +203,7 @@ int anellm_ane_program_text(struct anellm_ane_text *text, int id, const struct a
     ANELLM_TRY(anellm_ane_program_io(&in, NULL, id, shape));
     const struct ane_dims d = dims_of(shape);
     emit_begin(&e, &in, &input);
+    e.weights = weights;
     kernels[id]->emit(&e, &input, &in, &d);
     return emit_finish(&e, text);
 }
@@ -197,11 +241,12 @@ int anellm_ane_describe(int index, const anellm_config *config, int64_t B, int64
     ANELLM_REQUIRE(info != NULL, "info is NULL");
     ANELLM_TRY(check_request(&shape, index, config, B, T));
     ANELLM_TRY(anellm_ane_program_io(&found.input, &found.output, index, &shape));
-    ANELLM_TRY(anellm_ane_program_text(&text, index, &shape));
+    ANELLM_TRY(anellm_ane_program_text(&text, index, &shape, NULL));
     found.name = kernels[index]->name;
     found.backward = kernels[index]->backward;
     found.softmax_cpu = kernels[index]->softmax_cpu;
     found.evaluations = 1;
+    found.mode = kernels[index]->mode;
     found.flops = text.flops;
     found.mil_bytes = text.mil_bytes;
     found.n_files = text.n_files;
@@ -225,7 +270,7 @@ int anellm_ane_describe_text(int index, const anellm_config *config, int64_t B, 
     struct anellm_ane_text text;
     ANELLM_REQUIRE(out != NULL, "out is NULL");
     ANELLM_TRY(check_request(&shape, index, config, B, T));
-    ANELLM_TRY(anellm_ane_program_text(&text, index, &shape));
+    ANELLM_TRY(anellm_ane_program_text(&text, index, &shape, NULL));
     const int status = copy_out(out, bytes, text.mil, text.mil_bytes);
     anellm_ane_text_free(&text);
     return status;
@@ -237,7 +282,7 @@ int anellm_ane_describe_file(int index, const anellm_config *config, int64_t B, 
     struct anellm_ane_text text;
     ANELLM_REQUIRE(out != NULL, "out is NULL");
     ANELLM_TRY(check_request(&shape, index, config, B, T));
-    ANELLM_TRY(anellm_ane_program_text(&text, index, &shape));
+    ANELLM_TRY(anellm_ane_program_text(&text, index, &shape, NULL));
     int status;
     if (file < 0 || file >= text.n_files) {
         status = anellm_fail(ANELLM_RANGE, "file is %lld; %s has %lld", (long long)file, kernels[index]->name,

@@ -1,7 +1,8 @@
 /* The programs that a model runs on the Neural Engine: what each is called, where its inputs and outputs lie, its text.
  *
- * A program depends on the shape of the model and on B and Tp, never on weights: those are inputs, packed beside the
- * activations in the width, so that every program is compiled once and serves all layers. One input surface and one
+ * A dynamic program depends on the shape of the model and on B and Tp, never on weights: those are inputs, packed
+ * beside the activations in the width, so that every program is compiled once and serves all layers. A static program
+ * has one layer's weights as constants, in weight files, and multiplies by them in convolutions of 1 x 1. One input surface and one
  * output surface per program, so the order of names cannot matter (Q08, Q11), nor their number and sizes (Q07, Q10,
  * Q36, Q37). What each evaluates, with a drawing, is in docs/ane.md.
  *
@@ -33,6 +34,14 @@
  *   wo_fwd           attn (q) | wo T (q, dim)                           y (dim)
  *   sdpa_bwd1_given  p (n_heads Tp) then v (kv) then dattn (q)          dv (kv), dp (n_heads Tp)
  *   sdpa_bwd2_given  ds (n_heads Tp) then q (q) then k (kv)             dq (q), dk (kv)
+ *  static, with sdpa_bwd2 as above; in braces the constants: files "w1_t" and so on hold the matrix transposed
+ *   attn_fwd_static  x (dim) {wqkv, wo [, q_norm, k_norm]}              as attn_fwd
+ *   ffn_fwd_static   h (dim) {w1, w3, w2}                               as ffn_fwd
+ *   ffn_bwd_static   dy (dim) then gate, up (hidden)                    dx (dim), dgate (hidden), dup (hidden)
+ *                      {w2_t, w1_t, w3_t}
+ *   sdpa_bwd1_static q (q) then k (kv) then v (kv) then dmid (dim)      as sdpa_bwd1, of dattn = dmid Wo
+ *                      {wo_t}
+ *   qkv_bwd_static   dqkv (q+2kv) {wqkv_t}                              dx (dim)
  *
  * q and k (and their gradients) are the rotated ones wherever they leave or enter a program; q_raw and k_raw come
  * before q/k-norm and rotation. norms: column 0 is the weight of q_norm, column 1 that of k_norm, in channels
@@ -59,6 +68,11 @@ enum anellm_ane_program_id {
     ANELLM_ANE_WO_FWD,
     ANELLM_ANE_SDPA_BWD1_GIVEN,
     ANELLM_ANE_SDPA_BWD2_GIVEN,
+    ANELLM_ANE_ATTN_FWD_STATIC,
+    ANELLM_ANE_FFN_FWD_STATIC,
+    ANELLM_ANE_FFN_BWD_STATIC,
+    ANELLM_ANE_SDPA_BWD1_STATIC,
+    ANELLM_ANE_QKV_BWD_STATIC,
     ANELLM_ANE_N_PROGRAMS
 };
 
@@ -70,12 +84,28 @@ struct anellm_ane_shape {
 struct anellm_ane_shape anellm_ane_shape_of(const anellm_config *config, int64_t B, int64_t T);
 
 enum { ANELLM_ANE_MIN_SURFACE_BYTES = 49152 /* Q09 */, ANELLM_ANE_NORM_COLUMNS = 32 };
+
+/* One layer's matrices for the constants of a static program: each in the file of its name, times 2^exponent. */
+struct anellm_ane_matrix {
+    const char *file;          /* "wqkv", "wqkv_t" */
+    const float *w;            /* (rows, columns), in memory as the model has it */
+    int64_t rows, columns;
+    int transposed, exponent;  /* transposed: the constant is (columns, rows) */
+};
+enum { ANELLM_ANE_N_MATRICES = 12 };
+struct anellm_ane_weights {
+    int n;
+    struct anellm_ane_matrix list[ANELLM_ANE_N_MATRICES];
+};
+
 struct anellm_ane_text {
     char *mil; /* NUL behind it */
     int64_t mil_bytes;
     int64_t n_files;
     anellm_ane_file files[ANELLM_ANE_MAX_FILES]; /* their paths and bytes are owned too */
     double flops;                                /* 2 x multiply-adds of the matrix products of one evaluation */
+    float weights_most;                          /* max |w| of the weights in it, inf with inf or NaN, */
+    const char *weights_largest;                 /* and whose it is */
 };
 
 /* Names of the input and the output of every program's function. */
@@ -89,10 +119,13 @@ int anellm_ane_program_io(struct anellm_ane_io *in, struct anellm_ane_io *out, i
                           const struct anellm_ane_shape *shape);
 /* The field of that name, or NULL. */
 const struct anellm_ane_field *anellm_ane_find(const struct anellm_ane_io *io, const char *name);
-/* UNSUPPORTED as above; NOMEM. On failure *text holds nothing. */
-int anellm_ane_program_text(struct anellm_ane_text *text, int id, const struct anellm_ane_shape *shape);
+/* UNSUPPORTED as above; NOMEM. On failure *text holds nothing. weights: of a static program; NULL: zeros. */
+int anellm_ane_program_text(struct anellm_ane_text *text, int id, const struct anellm_ane_shape *shape,
+                            const struct anellm_ane_weights *weights);
 void anellm_ane_text_free(struct anellm_ane_text *text);
 /* Whether a model evaluates it: in the forward pass, and with training != 0 in the backward pass as well. */
-int anellm_ane_program_used(int id, const anellm_config *config, int training, int softmax_cpu);
+int anellm_ane_program_used(int id, const anellm_config *config, int training, const anellm_ane_options *options);
+/* Bytes of the constants that are a layer's weights; 0 for dynamic programs. */
+int64_t anellm_ane_weight_bytes(int id, const anellm_config *config);
 
 #endif

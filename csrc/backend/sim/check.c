@@ -399,7 +399,7 @@ static int check_statement(struct sim_compiler *c, const struct mil_statement *s
         if (!out->is_constant) {
             ANELLM_TRY(check_runtime_dtype(c, out->place, out->type.dtype));
             ANELLM_TRY(check_limits(c, out->place, &out->type));
-            if (out->view_of == NULL) ANELLM_TRY(sim_allocate_elements(c, out));
+            if (out->view_of == NULL) ANELLM_TRY(sim_lay_out_elements(c, out));
         }
         ANELLM_TRY(declare(c, out));
     }

@@ -93,16 +93,38 @@ static const uint32_t blob_codes[MIL_N_DTYPES] = {
     [MIL_UINT16] = ANELLM_BLOB_UINT16, [MIL_INT32] = ANELLM_BLOB_INT32, [MIL_UINT32] = ANELLM_BLOB_UINT32,
 };
 
-int sim_allocate_elements(struct sim_compiler *c, struct sim_value *value) {
-    const int64_t limit = c->device->options.max_memory_bytes;
-    const size_t width = mil_is_float(value->type.dtype) || value->type.dtype == MIL_BF16 ? sizeof(uint16_t) : sizeof(int32_t);
-    if (value->n > (limit - c->program->memory_bytes) / (int64_t)width) {
+static size_t width_of(const struct sim_value *value) {
+    return mil_is_float(value->type.dtype) || value->type.dtype == MIL_BF16 ? sizeof(uint16_t) : sizeof(int32_t);
+}
+
+static int count_elements(struct sim_compiler *c, const struct sim_value *value) {
+    const int64_t limit = c->device->options.max_memory_bytes, width = (int64_t)width_of(value);
+    if (value->n > (limit - c->program->memory_bytes) / width) {
         return anellm_fail(ANELLM_NOMEM, "the tensors of this program take more than max_memory_bytes = %lld",
                            (long long)limit);
     }
+    c->program->memory_bytes += value->n * width;
+    return ANELLM_OK;
+}
+
+int sim_lay_out_elements(struct sim_compiler *c, struct sim_value *value) {
+    enum { ALIGN = 64 };
+    static uint16_t nowhere; /* nothing is read or written before evaluation; what has `half` holds fp16 */
+    if (width_of(value) != sizeof(uint16_t)) return sim_allocate_elements(c, value);
+    ANELLM_TRY(count_elements(c, value));
+    value->half = &nowhere;
+    value->offset = c->function->passing_bytes;
+    c->function->passing_bytes += (value->n * (int64_t)sizeof(uint16_t) + ALIGN - 1) / ALIGN * ALIGN;
+    value->next_owned = c->function->passing;
+    c->function->passing = value;
+    return ANELLM_OK;
+}
+
+int sim_allocate_elements(struct sim_compiler *c, struct sim_value *value) {
+    const size_t width = width_of(value);
+    ANELLM_TRY(count_elements(c, value));
     void *memory = calloc((size_t)value->n, width);
     if (memory == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for this program");
-    c->program->memory_bytes += value->n * (int64_t)width;
     if (width == sizeof(uint16_t)) value->half = memory;
     else value->whole = memory;
     value->next_owned = c->program->owned;

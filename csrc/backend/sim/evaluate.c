@@ -74,6 +74,15 @@ static void read_inputs(struct sim_device *device, struct sim_function *f, struc
     }
 }
 
+/* Computed values into the device's block; the evaluation before left others there. */
+static int place_values(struct sim_device *device, const struct sim_function *f) {
+    if (f->passing == NULL) return ANELLM_OK;
+    ANELLM_TRY(anellm_block_reserve(&device->values, (size_t)f->passing_bytes));
+    for (struct sim_value *v = f->passing; v != NULL; v = v->next_owned)
+        v->half = (uint16_t *)(void *)((char *)device->values.base + v->offset);
+    return ANELLM_OK;
+}
+
 static void move_views(const struct sim_function *f) {
     for (const struct sim_node *node = f->nodes; node != NULL; node = node->next) {
         for (int32_t i = 0; i < node->n_out; i++) {
@@ -186,6 +195,7 @@ static int evaluate_bound(struct sim_program *program, struct sim_function *f, s
     const int infinite = sim_fault_hits(device, ANELLM_SIM_EVAL_INF), stale = sim_fault_hits(device, ANELLM_SIM_EVAL_STALE);
     const int swapped = sim_fault_hits(device, ANELLM_SIM_EVAL_SWAPPED), slow = sim_fault_hits(device, ANELLM_SIM_EVAL_SLOW);
     for (int32_t i = 0; i < f->n_inputs && program->evaluations == 0; i++) look_behind(program, f->inputs[i], inputs[i]);
+    ANELLM_TRY(place_values(device, f));
     read_inputs(device, f, inputs, outputs);
     move_views(f);
     const int status = run_nodes(program, f);

@@ -18,6 +18,7 @@ static struct sim_surface *as_surface(anellm_ane_surface *surface) { return (str
 static void release_device(struct sim_device *device) {
     if (atomic_fetch_sub(&device->references, 1) > 1) return;
     for (size_t i = 0; i < sizeof device->scratch / sizeof device->scratch[0]; i++) anellm_block_release(&device->scratch[i]);
+    anellm_block_release(&device->values);
     pthread_mutex_destroy(&device->mutex);
     free(device);
 }

@@ -38,7 +38,8 @@ struct sim_value {
     int32_t *whole;                     /* integers and booleans */
     struct sim_value *view_of;          /* the same elements in the same order */
     struct sim_node *producer;
-    struct sim_value *next_owned;       /* of the program's list of values that hold elements */
+    struct sim_value *next_owned;       /* of the program's list of values that hold elements, or the function's */
+    int64_t offset;                     /* in the device's block, of a value on the function's list */
 };
 
 enum { SIM_MAX_PARAMETERS = 10 };
@@ -65,6 +66,8 @@ struct sim_function {
     struct sim_node *nodes, **last_node;
     int64_t weight_bytes, n_layers;
     double modelled_us;                       /* of one evaluation, without dispatch */
+    struct sim_value *passing;                /* computed fp16 values: theirs is a part of the device's block while it */
+    int64_t passing_bytes;                    /* is evaluated */
     struct sim_function *next;
 };
 
@@ -100,7 +103,8 @@ struct sim_device {
     int64_t n_hashes;
     double clock_ms, last_evaluation_ms;      /* modelled */
     int poisoned;                             /* every evaluation fails from here on (Q25) */
-    struct anellm_block scratch[4];           /* of products; one evaluation at a time uses them */
+    struct anellm_block scratch[4];           /* of products; one evaluation at a time uses them, */
+    struct anellm_block values;               /* and this for what its ops compute */
 };
 
 struct sim_table {                            /* sim_unary() of every fp16, in the program's pool */
@@ -192,6 +196,8 @@ int sim_const_int(struct sim_compiler *c, struct sim_node *node, int parameter, 
 int sim_const_number(struct sim_compiler *c, struct sim_node *node, int parameter, double missing, double *out);
 int sim_const_string(struct sim_compiler *c, struct sim_node *node, int parameter, struct mil_name *out);
 int sim_allocate_elements(struct sim_compiler *c, struct sim_value *value);
+/* The same for what evaluations compute: fp16 values have memory only while their program is evaluated. */
+int sim_lay_out_elements(struct sim_compiler *c, struct sim_value *value);
 int sim_const_half(struct sim_compiler *c, struct sim_value *value); /* fills in value->half of a float constant */
 
 /* An axis from -rank to rank - 1, made positive. */

@@ -41,4 +41,4 @@ static void emit(struct emitter *e, const struct emit_tensor *input, const struc
     emit_concat(e, "out", planes, d->qk_norm ? 7 : 5);
 }
 
-const struct ane_kernel ane_attn_fwd = {"attn_fwd", 0, 0, places, emit};
+const struct ane_kernel ane_attn_fwd = {"attn_fwd", 0, 0, 0, places, emit};

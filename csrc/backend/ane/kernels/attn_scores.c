@@ -34,4 +34,4 @@ static void emit(struct emitter *e, const struct emit_tensor *input, const struc
     emit_concat(e, "out", planes, n);
 }
 
-const struct ane_kernel ane_attn_scores = {"attn_scores", 0, 1, places, emit};
+const struct ane_kernel ane_attn_scores = {"attn_scores", 0, 1, 0, places, emit};

@@ -15,4 +15,4 @@ static void emit(struct emitter *e, const struct emit_tensor *input, const struc
     ane_heads_to_plane(e, "attn", &attn, d);
 }
 
-const struct ane_kernel ane_attn_values = {"attn_values", 0, 1, places, emit};
+const struct ane_kernel ane_attn_values = {"attn_values", 0, 1, 0, places, emit};

@@ -18,14 +18,15 @@ struct ane_dims {
 
 struct ane_kernel {
     const char *name;
-    int backward, softmax_cpu; /* as in anellm_ane_program_info */
+    int backward, softmax_cpu, mode; /* as in anellm_ane_program_info */
     void (*places)(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d);
     /* From the input to the output; the op that makes the output comes last, behind emit_output(). */
     void (*emit)(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                  const struct ane_dims *d);
 };
 extern const struct ane_kernel ane_attn_fwd, ane_ffn_fwd, ane_ffn_bwd_w2, ane_ffn_bwd_w13, ane_wo_bwd, ane_sdpa_bwd1,
-    ane_sdpa_bwd2, ane_qkv_bwd, ane_attn_scores, ane_attn_values, ane_wo_fwd, ane_sdpa_bwd1_given, ane_sdpa_bwd2_given;
+    ane_sdpa_bwd2, ane_qkv_bwd, ane_attn_scores, ane_attn_values, ane_wo_fwd, ane_sdpa_bwd1_given, ane_sdpa_bwd2_given,
+    ane_attn_fwd_static, ane_ffn_fwd_static, ane_ffn_bwd_static, ane_sdpa_bwd1_static, ane_qkv_bwd_static;
 
 /* ---- fields (program.c) ----------------------------------------------------------------------------------------- */
 
@@ -53,6 +54,11 @@ struct emit_tensor ane_weight(struct emitter *e, const struct emit_tensor *input
 
 struct emit_tensor ane_rows_to_heads(struct emitter *e, const char *name, const struct emit_tensor *rows,
                                      const struct ane_dims *d);
+struct emit_tensor ane_plane_to_heads(struct emitter *e, const char *name, const struct emit_tensor *plane,
+                                      const struct ane_dims *d);
+/* Channels first .. first + channels of a plane. */
+struct emit_tensor ane_channels(struct emitter *e, const char *name, const struct emit_tensor *plane, int64_t first,
+                                int64_t channels);
 struct emit_tensor ane_heads_to_rows(struct emitter *e, const char *name, const struct emit_tensor *heads,
                                      const struct ane_dims *d);
 struct emit_tensor ane_rows_to_plane(struct emitter *e, const char *name, const struct emit_tensor *rows);
@@ -69,6 +75,9 @@ struct emit_tensor ane_group(struct emitter *e, const char *name, const struct e
 struct emit_tensor ane_ungroup(struct emitter *e, const char *name, const struct emit_tensor *x,
                                const struct ane_dims *d);
 
+/* Heads of q or k as attention takes them: normed with a weight (1, 1, 1, head_dim), unless it is NULL, and rotated. */
+struct emit_tensor ane_norm_and_rotate(struct emitter *e, const char *name, const struct emit_tensor *heads,
+                                       const struct emit_tensor *weight, const struct ane_dims *d);
 /* q, k, v before attention: q and k normed (with qk_norm) and rotated, and all three as they come from the weights. */
 struct ane_qkv {
     struct emit_tensor q, k;            /* heads */
@@ -76,6 +85,8 @@ struct ane_qkv {
 };
 struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                                const struct ane_dims *d);
+/* sigmoid(x) of rows or of a plane, and 1 - sigmoid(x) if that is asked for. */
+struct emit_tensor ane_sigmoid(struct emitter *e, const struct emit_tensor *x, struct emit_tensor *complement);
 /* Scores q kᵀ / sqrt(head_dim), without mask: [1, B*n_heads, Tp, Tp]. */
 struct emit_tensor ane_qk(struct emitter *e, const struct emit_tensor *q, const struct emit_tensor *k,
                           const struct ane_dims *d);
@@ -84,5 +95,8 @@ struct emit_tensor ane_softmax(struct emitter *e, const struct emit_tensor *scor
 /* p v: heads. */
 struct emit_tensor ane_pv(struct emitter *e, const struct emit_tensor *p, const struct emit_tensor *v,
                           const struct ane_dims *d);
+/* dv, p and dp, planes below each other, as the output: of q, k, v and dattn as heads (sdpa_bwd1.c). */
+void ane_attention_bwd1(struct emitter *e, const struct emit_tensor *q, const struct emit_tensor *k,
+                        const struct emit_tensor *v, const struct emit_tensor *dattn, const struct ane_dims *d);
 
 #endif

@@ -39,8 +39,8 @@ static void wo_fwd(struct anellm_ane_io *in, struct anellm_ane_io *out, const st
     place(in, out, d, "attn", "wo", ANELLM_ANE_FIELD_WEIGHTS_T, "y", d->q, d->dim);
 }
 
-const struct ane_kernel ane_ffn_bwd_w2 = {"ffn_bwd_w2", 1, -1, ffn_bwd_w2, emit};
-const struct ane_kernel ane_ffn_bwd_w13 = {"ffn_bwd_w13", 1, -1, ffn_bwd_w13, emit};
-const struct ane_kernel ane_wo_bwd = {"wo_bwd", 1, -1, wo_bwd, emit};
-const struct ane_kernel ane_qkv_bwd = {"qkv_bwd", 1, -1, qkv_bwd, emit};
-const struct ane_kernel ane_wo_fwd = {"wo_fwd", 0, 1, wo_fwd, emit};
+const struct ane_kernel ane_ffn_bwd_w2 = {"ffn_bwd_w2", 1, -1, 0, ffn_bwd_w2, emit};
+const struct ane_kernel ane_ffn_bwd_w13 = {"ffn_bwd_w13", 1, -1, 0, ffn_bwd_w13, emit};
+const struct ane_kernel ane_wo_bwd = {"wo_bwd", 1, -1, 0, wo_bwd, emit};
+const struct ane_kernel ane_qkv_bwd = {"qkv_bwd", 1, -1, 0, qkv_bwd, emit};
+const struct ane_kernel ane_wo_fwd = {"wo_fwd", 0, 1, 0, wo_fwd, emit};

@@ -47,15 +47,27 @@ struct emit_tensor ane_heads_to_rows(struct emitter *e, const char *name, const 
     return emit_reshape(e, name, &moved, 1, 1, d->S, n * d->head_dim);
 }
 
+struct emit_tensor ane_plane_to_heads(struct emitter *e, const char *name, const struct emit_tensor *plane,
+                                      const struct ane_dims *d) {
+    if (d->B > 1) {
+        const struct emit_tensor matrix = emit_reshape(e, name, plane, 1, 1, plane->dims[1], plane->dims[3]);
+        const struct emit_tensor rows = flip(e, name, &matrix);
+        return ane_rows_to_heads(e, name, &rows, d);
+    }
+    const struct emit_tensor split = emit_reshape(e, name, plane, 1, plane->dims[1] / d->head_dim, d->head_dim, d->Tp);
+    return flip(e, name, &split);
+}
+
 struct emit_tensor ane_heads(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                              const char *field, const struct ane_dims *d) {
-    if (d->B > 1) {
-        const struct emit_tensor rows = ane_rows(e, input, in, field);
-        return ane_rows_to_heads(e, field, &rows, d);
-    }
     const struct emit_tensor plane = field_of(e, input, in, field);
-    const struct emit_tensor split = emit_reshape(e, field, &plane, 1, plane.dims[1] / d->head_dim, d->head_dim, d->Tp);
-    return flip(e, field, &split);
+    return ane_plane_to_heads(e, field, &plane, d);
+}
+
+struct emit_tensor ane_channels(struct emitter *e, const char *name, const struct emit_tensor *plane, int64_t first,
+                                int64_t channels) {
+    const int64_t begin[4] = {0, first, 0, 0}, size[4] = {1, channels, 1, plane->dims[3]};
+    return emit_slice(e, name, plane, begin, size);
 }
 
 struct emit_tensor ane_rows_to_plane(struct emitter *e, const char *name, const struct emit_tensor *rows) {
@@ -171,6 +183,13 @@ static struct emit_tensor rotate(struct emitter *e, const char *name, const stru
     return emit_binary(e, name, "add", &straight, &across);
 }
 
+struct emit_tensor ane_norm_and_rotate(struct emitter *e, const char *name, const struct emit_tensor *heads,
+                                       const struct emit_tensor *weight, const struct ane_dims *d) {
+    if (weight == NULL) return rotate(e, name, heads, d);
+    const struct emit_tensor normed = norm_heads(e, name, heads, weight, d);
+    return rotate(e, name, &normed, d);
+}
+
 struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                                const struct ane_dims *d) {
     struct ane_qkv out;
@@ -195,12 +214,35 @@ struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *inpu
         const int64_t q_begin[4] = {0}, k_begin[4] = {0, 0, 1, 0}, size[4] = {1, 1, 1, d->head_dim};
         const struct emit_tensor q_norm = emit_slice(e, "q_norm", &norms, q_begin, size);
         const struct emit_tensor k_norm = emit_slice(e, "k_norm", &norms, k_begin, size);
-        out.q = norm_heads(e, "q", &out.q, &q_norm, d);
-        out.k = norm_heads(e, "k", &out.k, &k_norm, d);
+        out.q = ane_norm_and_rotate(e, "q", &out.q, &q_norm, d);
+        out.k = ane_norm_and_rotate(e, "k", &out.k, &k_norm, d);
+        return out;
     }
-    out.q = rotate(e, "q", &out.q, d);
-    out.k = rotate(e, "k", &out.k, d);
+    out.q = ane_norm_and_rotate(e, "q", &out.q, NULL, d);
+    out.k = ane_norm_and_rotate(e, "k", &out.k, NULL, d);
     return out;
+}
+
+/* ---- sigmoid ---------------------------------------------------------------------------------------------------- */
+
+/* As softmax of (x, 0). The ops silu and sigmoid are straight lines between 33 samples (Q50): up to 1.5e-2 and 3.4e-3
+ * off, and always to the same side, so that gradients of a model near a plateau came out 1 % too small. Softmax is 2e-4
+ * off at most (ANE.md 3.9). */
+struct emit_tensor ane_sigmoid(struct emitter *e, const struct emit_tensor *x, struct emit_tensor *complement) {
+    const int is_plane = x->dims[2] == 1;
+    const int64_t height = is_plane ? x->dims[1] : x->dims[2], width = x->dims[3];
+    const struct emit_tensor one = fold(e, "logit", x, 1, 1, height, width);
+    const struct emit_tensor pair[2] = {one, emit_binary(e, "zero", "sub", &one, &one)};
+    const struct emit_tensor logits = emit_concat(e, "logits", pair, 2);
+    const struct emit_tensor both = emit_softmax(e, "both", &logits, 1);
+    struct emit_tensor halves[2];
+    for (int i = 0; i < (complement != NULL ? 2 : 1); i++) {
+        const int64_t begin[4] = {0, i, 0, 0}, size[4] = {1, 1, height, width};
+        const struct emit_tensor half = emit_slice(e, i == 0 ? "sigmoid" : "complement", &both, begin, size);
+        halves[i] = fold(e, i == 0 ? "sigmoid" : "complement", &half, 1, x->dims[1], x->dims[2], width);
+    }
+    if (complement != NULL) *complement = halves[1];
+    return halves[0];
 }
 
 /* ---- attention -------------------------------------------------------------------------------------------------- */

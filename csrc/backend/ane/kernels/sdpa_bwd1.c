@@ -37,16 +37,21 @@ static struct gradients differentiate(struct emitter *e, const struct emit_tenso
     return out;
 }
 
+void ane_attention_bwd1(struct emitter *e, const struct emit_tensor *q, const struct emit_tensor *k,
+                        const struct emit_tensor *v, const struct emit_tensor *dattn, const struct ane_dims *d) {
+    const struct emit_tensor scores = ane_qk(e, q, k, d);
+    const struct emit_tensor p = ane_softmax(e, &scores, d);
+    const struct gradients g = differentiate(e, &p, v, dattn, d);
+    const struct emit_tensor planes[3] = {g.dv, ane_scores_to_plane(e, "p", &p, d), g.dp};
+    emit_output(e);
+    emit_concat(e, "out", planes, 3);
+}
+
 static void emit(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                  const struct ane_dims *d) {
     const struct emit_tensor q = ane_heads(e, input, in, "q", d), k = ane_heads(e, input, in, "k", d);
     const struct emit_tensor v = ane_heads(e, input, in, "v", d), dattn = ane_heads(e, input, in, "dattn", d);
-    const struct emit_tensor scores = ane_qk(e, &q, &k, d);
-    const struct emit_tensor p = ane_softmax(e, &scores, d);
-    const struct gradients g = differentiate(e, &p, &v, &dattn, d);
-    const struct emit_tensor planes[3] = {g.dv, ane_scores_to_plane(e, "p", &p, d), g.dp};
-    emit_output(e);
-    emit_concat(e, "out", planes, 3);
+    ane_attention_bwd1(e, &q, &k, &v, &dattn, d);
 }
 
 static void emit_given(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
@@ -59,5 +64,5 @@ static void emit_given(struct emitter *e, const struct emit_tensor *input, const
     emit_concat(e, "out", planes, 2);
 }
 
-const struct ane_kernel ane_sdpa_bwd1 = {"sdpa_bwd1", 1, 0, places, emit};
-const struct ane_kernel ane_sdpa_bwd1_given = {"sdpa_bwd1_given", 1, 1, places_given, emit_given};
+const struct ane_kernel ane_sdpa_bwd1 = {"sdpa_bwd1", 1, 0, 0, places, emit};
+const struct ane_kernel ane_sdpa_bwd1_given = {"sdpa_bwd1_given", 1, 1, 0, places_given, emit_given};

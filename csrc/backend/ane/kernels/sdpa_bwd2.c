@@ -61,5 +61,5 @@ static void emit_given(struct emitter *e, const struct emit_tensor *input, const
     differentiate(e, &ds, 1.0, input, in, d);
 }
 
-const struct ane_kernel ane_sdpa_bwd2 = {"sdpa_bwd2", 1, 0, places, emit};
-const struct ane_kernel ane_sdpa_bwd2_given = {"sdpa_bwd2_given", 1, 1, places_given, emit_given};
+const struct ane_kernel ane_sdpa_bwd2 = {"sdpa_bwd2", 1, 0, -1, places, emit};
+const struct ane_kernel ane_sdpa_bwd2_given = {"sdpa_bwd2_given", 1, 1, 0, places_given, emit_given};
