@@ -7,6 +7,7 @@ stand in the order they were merged in, the merges follow from the table, and te
 
 from __future__ import annotations
 
+import copy
 import struct
 from pathlib import Path
 from typing import Final
@@ -42,6 +43,16 @@ def read(path: str | Path) -> JsonTokenizer:
 def parse(data: bytes, *, source: str = FILE_NAME) -> JsonTokenizer:
     """Parse the bytes of a ``gpt2_tokenizer.bin``; see read()."""
     tokens, end = _table(data, source)
+    gpt2 = JsonTokenizer.gpt2()
+    if end == gpt2.separator_id and tokens[:end] == list(gpt2.token_table[:end]) and end + 1 == len(tokens):
+        found = copy.copy(gpt2)  # nearly always it is this one, whose merges are known
+        found.source = source
+        return found
+    return _with_merges(tokens, end, source)
+
+
+def _with_merges(tokens: list[bytes], end: int, source: str) -> JsonTokenizer:
+    """Return the tokenizer of a table: each token is the merge of what is left of it by the merges before it."""
     merges: dict[Pair, tuple[int, int]] = {}
     byte_ids = {token[0]: index for index, token in enumerate(tokens[:_N_BYTES]) if len(token) == 1}
     if len(byte_ids) != _N_BYTES:
