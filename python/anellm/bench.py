@@ -69,6 +69,8 @@ def job_of(config: BenchConfig) -> BenchJob:
         raise ConfigError(
             f"--seq-len: expected at most the model's longest, {shape.max_seq_len}, found {config.seq_len}"
         )
+    if shape.arch != "llama" and "jax" in compare:
+        raise ConfigError(f"--compare: jax has only a Llama here, found --preset {config.preset}")
     if not config.figure.endswith(".svg"):
         raise ConfigError(f"--figure: expected a name that ends in .svg, found {config.figure!r}")
     if config.runc is not None and config.what != "decode":

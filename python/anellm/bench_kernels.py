@@ -66,7 +66,7 @@ def matmul_shapes(shape: ModelConfig) -> list[tuple[int, int]]:
     return [
         (shape.q_dim + 2 * shape.kv_dim, shape.dim),
         (shape.dim, shape.q_dim),
-        (2 * shape.hidden_dim, shape.dim),
+        ((1 if shape.arch == "gpt2" else 2) * shape.hidden_dim, shape.dim),
         (shape.dim, shape.hidden_dim),
         (shape.vocab_size, shape.dim),
     ]
@@ -112,40 +112,6 @@ def matmul_cases(shape: ModelConfig, n_tokens: int) -> Iterator[Case]:
                     "TN": (outputs, inputs, n_tokens),
                 }[form]
                 yield matmul_case(form, *sizes, dtype)
-
-
-def row_cases(shape: ModelConfig, B: int, T: int) -> Iterator[Case]:
-    """Yield the operations on rows of tokens, apart from attention."""
-    N, dim, hidden, V = B * T, shape.dim, shape.hidden_dim, shape.vocab_size
-    x, out, w, dw, rstd = _random(N, dim), _random(N, dim), _random(dim), _random(dim), _random(N)
-    tokens = np.random.default_rng(0).integers(0, V, N).astype(np.int32)
-    embedding, logits, losses, lse = _random(V, dim), _random(N, V), _random(N), _random(N)
-    gate_up, wide, dgate_up, dlogits = _random(N, 2 * hidden), _random(N, hidden), _random(N, 2 * hidden), _random(N, V)
-    half = shape.head_dim // 2
-    cos, sin, q = _random(T, half), _random(T, half), _random(N, shape.q_dim)
-    head = (shape.n_heads, shape.head_dim)
-
-    def case(kernel: str, width: int, n_floats: int, *arguments: Any) -> Case:
-        call = getattr(lib, f"anellm_{kernel}")
-
-        def run() -> None:
-            check(call(*(_f(a) if isinstance(a, np.ndarray) else a for a in arguments)))
-
-        return Case(kernel, f"{N}x{width}", run, N, 0, 4 * n_floats)
-
-    n = N * dim
-    yield case("embedding_forward", dim, 2 * n, out, embedding, tokens, N, dim, V)
-    yield case("embedding_backward", dim, 3 * n, embedding, x, tokens, N, dim, V)
-    yield case("rmsnorm_forward", dim, 2 * n, out, dim, rstd, x, dim, w, N, dim, 1e-5)
-    yield case("rmsnorm_backward", dim, 3 * n, out, dim, dw, x, dim, x, dim, w, rstd, N, dim, 0)
-    for kernel in ("rope_forward", "rope_backward"):
-        yield case(kernel, shape.q_dim, 2 * N * shape.q_dim, q, shape.q_dim, cos, sin, B, T, *head)
-    n = N * hidden
-    yield case("swiglu_forward", hidden, 3 * n, wide, gate_up, N, hidden)
-    yield case("swiglu_backward", hidden, 5 * n, dgate_up, wide, gate_up, N, hidden)
-    n = N * V
-    yield case("cross_entropy_forward", V, n, losses, lse, logits, V, tokens, N, V)
-    yield case("cross_entropy_backward", V, 2 * n, dlogits, V, logits, V, lse, tokens, N, V, 1.0)
 
 
 def decode_cases(shape: ModelConfig) -> Iterator[Case]:
@@ -231,6 +197,8 @@ def weight_cases(shape: ModelConfig) -> Iterator[Case]:
 
 def cases(shape: ModelConfig, batch_size: int, seq_len: int) -> Iterator[Case]:
     """Yield every case; each one's memory can go before the next one comes."""
+    from anellm.bench_rows import row_cases
+
     yield from matmul_cases(shape, batch_size * seq_len)
     yield from attention_cases(shape, batch_size, seq_len)
     yield from row_cases(shape, batch_size, seq_len)

@@ -1,7 +1,7 @@
 """The contender PyTorch in a benchmark's child process: see bench_child. Needs nothing but torch and NumPy.
 
-The model is Hugging Face's Llama written with functions: fused scaled-dot-product attention, fused AdamW, gradients
-set to None after each step, and for bf16 autocast over fp32 weights.
+The models are Hugging Face's Llama and GPT-2 written with functions: fused scaled-dot-product attention, fused AdamW,
+gradients set to None after each step, and for bf16 autocast over fp32 weights.
 """
 
 from __future__ import annotations
@@ -84,10 +84,48 @@ class Llama:
         return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.view(-1))
 
 
+class Gpt2:
+    """The loss of a GPT-2 model as a function of its weights."""
+
+    def __init__(self, config: Mapping[str, Any], seq_len: int) -> None:
+        """Keep what the functions need."""
+        self.config, self.seq_len = config, seq_len
+
+    def norm(self, p: Mapping[str, Any], name: str, x: Any) -> Any:
+        """Return LayerNorm of x."""
+        return F.layer_norm(x, (x.shape[-1],), p[name + ".weight"], p.get(name + ".bias"), self.config["norm_eps"])
+
+    def linear(self, p: Mapping[str, Any], name: str, x: Any) -> Any:
+        """Return x times a matrix, plus its bias where there is one."""
+        return F.linear(x, p[name + ".weight"], p.get(name + ".bias"))
+
+    def attention(self, p: Mapping[str, Any], prefix: str, x: Any) -> Any:
+        """Return the attention block's output for normed rows x (B, T, dim)."""
+        B, T, dim = x.shape
+        parts = self.linear(p, prefix + "attn.c_attn", x).split(dim, dim=2)
+        q, k, v = (t.view(B, T, self.config["n_heads"], -1).transpose(1, 2) for t in parts)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.linear(p, prefix + "attn.c_proj", out.transpose(1, 2).reshape(B, T, dim))
+
+    def loss(self, p: Mapping[str, Any], tokens: Any, targets: Any) -> Any:
+        """Return the mean cross-entropy of tokens (B, T) and targets (B, T), over the vocabulary without padding."""
+        approximate = "tanh" if self.config["gelu"] == "tanh" else "none"
+        x = F.embedding(tokens, p["transformer.wte.weight"]) + p["transformer.wpe.weight"][: self.seq_len]
+        for i in range(self.config["n_layers"]):
+            prefix = f"transformer.h.{i}."
+            x = x + self.attention(p, prefix, self.norm(p, prefix + "ln_1", x))
+            h = self.linear(p, prefix + "mlp.c_fc", self.norm(p, prefix + "ln_2", x))
+            x = x + self.linear(p, prefix + "mlp.c_proj", F.gelu(h, approximate=approximate))
+        classifier = p["transformer.wte.weight"][: self.config["vocab_size"]]
+        logits = F.linear(self.norm(p, "transformer.ln_f", x), classifier)
+        return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.view(-1))
+
+
 def start_step(job: Mapping[str, Any]) -> Callable[[], float]:
     """Return a training step; with job["compile"] through torch.compile."""
     params = read_weights(job)
-    model = Llama(job["config"], len(job["tokens"][0]))
+    architecture = Gpt2 if job["config"]["arch"] == "gpt2" else Llama
+    model = architecture(job["config"], len(job["tokens"][0]))
     tokens, targets = (torch.tensor(job[name], dtype=torch.int64) for name in ("tokens", "targets"))
     matrices = [p for p in params.values() if p.dim() > 1]
     vectors = [p for p in params.values() if p.dim() == 1]

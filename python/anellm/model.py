@@ -180,7 +180,8 @@ class KVCache(Handle):
 class Model:
     """A transformer in memory, with new weights. See also from_preset() and from_pretrained().
 
-    Weights start as normal(0, 0.02), those that write to the residual stream divided by sqrt(2 n_layers), norms as 1.
+    Weights start as normal(0, 0.02), those that write to the residual stream divided by sqrt(2 n_layers), norms as 1,
+    biases as 0.
 
     Args:
         config: the model's dimensions.

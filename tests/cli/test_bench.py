@@ -246,6 +246,11 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text(lib.anellm_cpu_variant()) in tiers
 
 
+def test_jax_has_no_gpt2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["step", "--preset", "gpt2", "--compare", "torch,jax"]) == 2
+    assert "--compare: jax has only a Llama here, found --preset gpt2" in capsys.readouterr().err
+
+
 def test_every_operation_of_the_core_is_measured() -> None:
     """Whatever stands in the C interface as a kernel has a case."""
     shape = ModelConfig.from_preset("stories260k", vocab_size=96)
@@ -255,7 +260,13 @@ def test_every_operation_of_the_core_is_measured() -> None:
     expected |= {f"convert_{a}_to_{b}" for x in ("f16", "bf16") for a, b in (("f32", x), (x, "f32"))}
     expected |= {"matmul", "matmul_bf16", "matvec_f32", "matvec_bf16", "matvec_int8", "adamw", "grad_norm"}
     assert found >= expected
-    assert all(hasattr(lib, f"anellm_{name}") for name in found)
+    shape = ModelConfig.from_preset("gpt2-char")
+    gpt2 = {case.kernel.split()[0]: case for case in bench_kernels.cases(shape, 1, 8)}
+    assert set(gpt2) >= {f"{op}_{way}" for op in ("layernorm", "bias", "gelu") for way in ("forward", "backward")}
+    assert not set(gpt2) & {"rmsnorm_forward", "rope_forward", "swiglu_forward"}
+    for name in ("layernorm_backward", "bias_forward", "gelu_backward"):
+        gpt2[name].run()  # its arguments are accepted
+    assert all(hasattr(lib, f"anellm_{name}") for name in found | set(gpt2))
 
 
 def test_decode_against_a_program(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from anellm import errors
 from anellm._ffi import check, lib, text
 from anellm.config import ModelConfig
-from anellm.device import DTYPES, AneOptions, Dtype
+from anellm.device import DTYPES, MODES, AneOptions, Dtype
 from anellm.model import IGNORE_INDEX, Model, memory, tensor_table
 from anellm.optim import AdamW
 
@@ -349,8 +349,11 @@ def test_the_neural_engine_is_refused(config: ModelConfig) -> None:
         model.to("ane-sim")
     assert model.device == "cpu"
     assert model.forward(*batch(config, 1, 5)) == loss
-    with pytest.raises(errors.UnsupportedError, match="GPT-2"):
-        memory(config, 1, 32, training=True, ane=AneOptions())
+    for mode in MODES:
+        with pytest.raises(errors.UnsupportedError, match="GPT-2"):
+            model.to("ane-sim", AneOptions(mode=mode))
+        with pytest.raises(errors.UnsupportedError, match="GPT-2"):
+            memory(config, 1, 32, training=True, ane=AneOptions(mode=mode))
 
 
 def test_memory_forecast(config: ModelConfig) -> None:
