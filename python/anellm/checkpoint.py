@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anellm import safeio, saferead
+from anellm import hf_layout, safeio, saferead
 from anellm.errors import CheckpointError, DataError, NonFiniteError
 from anellm.weights_hf import read_header, write_safetensors
 
@@ -89,7 +89,7 @@ def save(
     target = step_dir(run_dir, step)
     with safeio.atomic_directory(target) as folder:
         with folder.file(MODEL) as file:
-            write_safetensors(file, model.params)
+            write_safetensors(file, hf_layout.stored(model.config, model.params))
         folder.write_bytes(MODEL_CONFIG, safeio.json_bytes(model.config.to_hf()))
         with folder.file(OPTIMIZER) as file:
             write_safetensors(file, moments)
@@ -322,7 +322,10 @@ def _load(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     with saferead.open_regular(path, CheckpointError) as file:
         for name, array in arrays.items():
             file.seek(entries[name].begin)
-            _fill(file, array, f"{path}: {name}")
+            read = array if array.flags.c_contiguous else np.empty(array.shape, np.float32)
+            _fill(file, read, f"{path}: {name}")
+            if read is not array:
+                array[...] = read
             low, what = (0.0, "at least 0") if name.startswith("v.") else (-np.inf, "finite")
             flat = array.reshape(-1)
             for start in range(0, flat.size, _FINITE_CHUNK):
@@ -355,6 +358,8 @@ def load_tensors(checkpoint: Checkpoint, model: Model) -> None:
     """
     moments = {f"m.{name}": array for name, array in model.moments_m.items()}
     moments |= {f"v.{name}": array for name, array in model.moments_v.items()}
-    _load(checkpoint.path / MODEL, model.params)
+    weights = hf_layout.stored(model.config, model.params)
+    _load(checkpoint.path / MODEL, weights)
+    hf_layout.check_zero_biases(model.config, weights, str(checkpoint.path / MODEL), CheckpointError)
     _load(checkpoint.path / OPTIMIZER, moments)
     model.weights_changed()

@@ -44,7 +44,8 @@ class TrainConfig(DeviceOptions):
     )
     tokenizer: str | None = option(
         None,
-        "tokenizer.bin, tokenizer.json or .model [beside --model, in --data, else learnt from the text]",
+        "tokenizer.bin, tokenizer.json, .model, or gpt2, or char: the text's characters "
+        "[beside --model, in --data, else learnt from the text]",
         group="data",
     )
     token_dtype: str = option(

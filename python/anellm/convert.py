@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anellm import checkpoint, safeio, weights, weights_hf
+from anellm import checkpoint, floats, hf_layout, safeio, weights, weights_hf
 from anellm._ffi import lib
 from anellm.cli import Result, Verb
 from anellm.config import ModelConfig
@@ -22,7 +22,6 @@ from anellm.tokenizer import TOKENIZER_FILES, load_tokenizer_file
 from anellm.tokenizer_base import BaseTokenizer
 from anellm.tokenizer_json import CONFIG_NAME
 
-FORMATS = ("hf", *weights.LLAMA2C_VERSIONS)
 _SEED, _STREAM = 1, 0x636F6E76  # of the tokens on which logits are compared; ASCII "conv"
 _BATCH, _LONGEST = 2, 64
 
@@ -32,12 +31,12 @@ class ConvertConfig(CommonOptions):
     """The options of ``convert``."""
 
     model: str | None = option(
-        None, "run, checkpoint or Hugging Face directory, llama2.c .bin, GGUF or BLZT file", group="model"
+        None, "run, checkpoint or Hugging Face directory, llama2.c, llm.c, GGUF or BLZT file", group="model"
     )
     tokenizer: str | None = option(None, "tokenizer to copy [the one of the model]", group="model")
     out: str | None = option(None, "directory (hf) or file to write", group="output")
-    format: str | None = option(None, "format to write", choices=FORMATS, group="output")
-    dtype: str = option("float32", "type of the weights, for hf", choices=tuple(weights_hf.DTYPES), group="output")
+    format: str | None = option(None, "format to write", choices=weights.FORMATS, group="output")
+    dtype: str = option("float32", "type of the weights, for hf", choices=tuple(floats.DTYPES), group="output")
     max_shard_bytes: int = option(
         weights_hf.MAX_SHARD_BYTES, "most bytes of weights in one file, for hf", low=1, high=2**62, group="output"
     )
@@ -58,7 +57,7 @@ def _check(config: ConvertConfig) -> tuple[str, Path, str]:
         missing = next(name for name in ("model", "out", "format") if getattr(config, name) is None)
         raise ConfigError(f"--{missing}: needed, and not given")
     if config.format != "hf" and config.dtype != "float32":
-        raise ConfigError(f"--dtype {config.dtype}: a {config.format} file holds float32")
+        raise ConfigError(f"--dtype {config.dtype}: a {config.format} file holds {weights.file_dtype(config.format)}")
     out = Path(config.out)
     if config.format == "hf":
         if out.exists() and not out.is_dir():
@@ -109,7 +108,7 @@ def _write_tokenizer(folder: Path, tokenizer: BaseTokenizer, shadows: list[Path]
 def _scale_residuals(model: Model, scale: float) -> None:
     """Multiply what writes to the residual stream."""
     for name, array in model.params.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight", "c_proj.bias")):
             np.multiply(array, np.float32(scale), out=array)
     model.weights_changed()
 
@@ -133,19 +132,23 @@ def _compare(model: Model, out: Path, dtype: str) -> float:
     tokens = _fixed_tokens(model.config)
     before = model.forward(tokens)
     found = weights.load_pretrained(out)
+    table, n_rows = hf_layout.EMBEDDINGS[model.config.arch], model.config.vocab_size
     for field, value in model.config.to_dict().items():
         other = getattr(found.config, field)
+        if field == "padded_vocab_size":
+            continue  # formats pad a vocabulary or do not; the rows behind it are zeros
         if other != value and not (field == "norm_eps" and np.float32(other) == np.float32(value)):
             raise DataError(f"{out}: {field}: expected {value} as in the source, found {other}: do not use this file")
-    for name, array in found.tensors:
-        expected = weights_hf.rounded(name, model.params[name], dtype)
+    for name, tensor in found.tensors:
+        array, kept = (tensor[:n_rows], model.params[name][:n_rows]) if name == table else (tensor, model.params[name])
+        expected = floats.rounded(name, kept, dtype)
         if not np.array_equal(array, expected):
             at = int(np.flatnonzero(array.reshape(-1) != expected.reshape(-1))[0])
             raise DataError(
                 f"{out}: tensor {name}: expected {expected.reshape(-1)[at]} at index {at} as in the source "
                 f"({dtype}), found {array.reshape(-1)[at]}: do not use this file"
             )
-        model.params[name][...] = array
+        kept[...] = array
     model.weights_changed()
     return float(np.abs(model.forward(tokens) - before).max())
 
@@ -170,28 +173,29 @@ def run(config: ConvertConfig) -> Result:
     model = Model.from_pretrained(path, device=config.device)
     if config.residual_scale != 1.0:
         _scale_residuals(model, config.residual_scale)
+    dtype = config.dtype if kind == "hf" else weights.file_dtype(kind)
     if kind == "hf":
-        weights.save_hf(out, model.config, model.params, config.dtype, config.max_shard_bytes)
+        weights.save_hf(out, model.config, model.params, dtype, config.max_shard_bytes)
     else:
         safeio.make_directory(folder)
-        weights.save_llama2c(out, model.config, model.params, weights.LLAMA2C_VERSIONS[kind])
+        weights.save(out, model.config, model.params, kind)
     kept = [] if tokenizer is None else _write_tokenizer(folder, tokenizer, shadows)
     files = _written(out)
     n_bytes = sum(file.stat().st_size for file in files)
-    print(f"{out}: {kind}, {config.dtype}, {human_bytes(n_bytes)} in {len(files)} file{'s' if len(files) > 1 else ''}")
+    print(f"{out}: {kind}, {dtype}, {human_bytes(n_bytes)} in {len(files)} file{'s' if len(files) > 1 else ''}")
     print(f"tokenizer: {', '.join(str(file) for file in kept) or 'none'}")
     difference = None
     if config.verify:
-        difference = _compare(model, out, config.dtype)
+        difference = _compare(model, out, dtype)
         if tokenizer is not None and load_tokenizer_file(kept[0]).sha256 != tokenizer.sha256:
             raise DataError(f"{kept[0]}: expected the source's tokenizer, found another: do not use this file")
-        print(f"read back: every weight is the source's{'' if config.dtype == 'float32' else ', rounded'}; ", end="")
+        print(f"read back: every weight is the source's{'' if dtype == 'float32' else ', rounded'}; ", end="")
         print(f"largest difference of a logit {difference:.3g}")
     values = {
         "model": path,
         "out": str(out),
         "format": kind,
-        "dtype": config.dtype,
+        "dtype": dtype,
         "residual_scale": config.residual_scale,
         "n_params": model.n_params(),
         "files": {str(file): file.stat().st_size for file in files},

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from anellm.documents import read_jsonl
 from anellm.errors import DataError, InvalidError
 from anellm.tokenizer import Tokenizer
-from anellm.tokenizer_base import BaseTokenizer
+from anellm.tokenizer_base import BaseTokenizer, split_documents
 from anellm.tokens import CHUNK, TOKEN_DTYPES, Concatenated, TokenFile, Tokens, find_data, is_text, read_header
 from anellm.windows import SAMPLER_MODES, Rng, WindowSampler
 
@@ -371,10 +371,11 @@ def _read_text_file(path: Path, vocab_size: int | None, tokenizer: BaseTokenizer
     """Read and encode a text or JSONL file."""
     if tokenizer is None:
         raise InvalidError(f"{path}: a text needs a tokenizer; give one, or a file of tokens")
-    if path.suffix.lower() == ".txt":
-        tokens = tokenizer.encode_documents(read_text(path))
-    else:
-        tokens = tokenizer.encode_each(read_jsonl(path))
+    documents = split_documents(read_text(path)) if path.suffix.lower() == ".txt" else read_jsonl(path)
+    try:
+        tokens = tokenizer.encode_each(documents)
+    except InvalidError as error:  # a character that the tokenizer lacks
+        raise DataError(f"{path}: {error}") from None
     if tokens.size:
         TokenDataset(tokens, source=str(path), vocab_size=vocab_size)
     return tokens

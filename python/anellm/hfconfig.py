@@ -1,11 +1,11 @@
-"""Translate between ModelConfig and Hugging Face's config.json for Llama and Qwen3."""
+"""Translate between ModelConfig and Hugging Face's config.json for Llama, Qwen3 and GPT-2."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from anellm.errors import ConfigError, DataError, InvalidError
+from anellm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from anellm.config import ModelConfig
@@ -16,12 +16,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "head_dim": 128},
 }
 _ROPE_THETA = 10000.0
+_GPT2 = "gpt2"
+_GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}  # transformers' names -> ours
+_GPT2_END = 50256
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the content of a config.json that transformers reads as the same model."""
-    if config.arch != "llama":
-        raise InvalidError(f"arch: expected llama for a config.json, found {config.arch}")
+    if config.arch == _GPT2:
+        return _gpt2_to_hf(config)
     kind = "qwen3" if config.qk_norm else "llama"
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
@@ -55,8 +58,10 @@ def from_hf(values: Mapping[str, Any], source: str) -> ModelConfig:
     if not isinstance(values, Mapping):
         raise DataError(f"{source}: expected a JSON object, found {type(values).__name__}")
     kind = values.get("model_type")
+    if kind == _GPT2:
+        return _gpt2_from_hf(values, source)
     if not isinstance(kind, str) or kind not in _DEFAULTS:
-        raise DataError(f"{source}: model_type: expected one of {', '.join(_DEFAULTS)}, found {kind!r}")
+        raise DataError(f"{source}: model_type: expected one of {', '.join([*_DEFAULTS, _GPT2])}, found {kind!r}")
     _refuse_unsupported(values, source)
     defaults = _DEFAULTS[kind]
     n_heads = _integer(values, "num_attention_heads", source)
@@ -74,6 +79,66 @@ def from_hf(values: Mapping[str, Any], source: str) -> ModelConfig:
             rope_theta=_rope_theta(values, source),
             tie_embeddings=_boolean(values, "tie_word_embeddings", source, default=False),
             qk_norm=kind == "qwen3",
+        )
+    except ConfigError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def _gpt2_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Return a GPT-2's config.json; what transformers has no key for stands in keys that it does not look at."""
+    end = _GPT2_END if config.vocab_size > _GPT2_END else None
+    values = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": _GPT2,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_seq_len,
+        "n_ctx": config.max_seq_len,
+        "n_embd": config.dim,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": None if config.hidden_dim == 4 * config.dim else config.hidden_dim,
+        "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+        "layer_norm_epsilon": config.norm_eps,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": "float32",
+    }
+    if not config.bias:
+        values["bias"] = False
+    if config.padded_vocab_size != config.vocab_size:
+        values["padded_vocab_size"] = config.padded_vocab_size
+    return values
+
+
+def _gpt2_from_hf(values: Mapping[str, Any], source: str) -> ModelConfig:
+    from anellm.config import ModelConfig
+
+    wanted = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for key, value in {**wanted, "tie_word_embeddings": True}.items():
+        if _boolean(values, key, source, default=value) != value:
+            raise DataError(f"{source}: {key}: expected {str(value).lower()}, found {str(not value).lower()}")
+    activation = values.get("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in _GELUS:
+        raise DataError(f"{source}: activation_function: expected one of {', '.join(_GELUS)}, found {activation!r}")
+    dim = _integer(values, "n_embd", source)
+    vocab_size = _integer(values, "vocab_size", source)
+    try:
+        return ModelConfig(
+            arch=_GPT2,
+            dim=dim,
+            hidden_dim=_integer(values, "n_inner", source, 4 * dim),
+            n_layers=_integer(values, "n_layer", source),
+            n_heads=_integer(values, "n_head", source),
+            vocab_size=vocab_size,
+            padded_vocab_size=_integer(values, "padded_vocab_size", source, vocab_size),
+            max_seq_len=_integer(values, "n_positions", source),
+            norm_eps=_number(values, "layer_norm_epsilon", source, 1e-5),
+            bias=_boolean(values, "bias", source, default=True),
+            gelu=_GELUS[activation],
         )
     except ConfigError as error:
         raise DataError(f"{source}: {error}") from None

@@ -11,13 +11,14 @@ from anellm.bpe_trainer import train_bpe_on
 from anellm.config import ModelConfig, TrainConfig
 from anellm.data import TokenDataset
 from anellm.documents import read_documents
-from anellm.errors import CheckpointError, DataError, OutOfMemoryError
+from anellm.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from anellm.machine import available_bytes, human_bytes, human_count
 from anellm.model import Memory, memory
-from anellm.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer_file
+from anellm.tokenizer import CHARACTERS, Tokenizer, find_tokenizer_file, load_tokenizer_file
 from anellm.tokenizer_base import BaseTokenizer
+from anellm.tokenizer_char import CharTokenizer
 from anellm.trainer import default_seq_len
-from anellm.weights import find_tokenizer, load_pretrained
+from anellm.weights import default_tokenizer, find_tokenizer, load_pretrained
 
 if TYPE_CHECKING:
     from anellm.device import Dtype
@@ -53,21 +54,33 @@ def load_tokenizer(config: TrainConfig, resumed: Path | None = None) -> BaseToke
 
 def _load_tokenizer(config: TrainConfig) -> BaseTokenizer | None:
     if config.tokenizer is not None:
-        return load_tokenizer_file(config.tokenizer)
+        learn = config.tokenizer == CHARACTERS and not Path(CHARACTERS).exists()
+        return _learn_characters(config) if learn else load_tokenizer_file(config.tokenizer)
     if config.data is None:
         return Tokenizer.shipped()
-    path = load_pretrained(config.model).tokenizer_path if config.model is not None else None
+    source = None if config.model is None else load_pretrained(config.model)
+    path = None if source is None else source.tokenizer_path
     if path is None and Path(config.data).is_dir():
         path = find_tokenizer_file(Path(config.data))  # `anellm prepare` leaves it there
     if path is not None:
         return load_tokenizer_file(path)
     files = tokens.find_data(config.data, "train")
-    if config.model is not None or not tokens.is_text(files[0]):
+    if source is not None:
+        return default_tokenizer(source.config)
+    if not tokens.is_text(files[0]):
         return None
     tokenizer = train_bpe_on(text for file in files for text in read_documents(file))
     if not config.quiet:
         print(f"tokenizer  learnt from {config.data}, as none is given: {tokenizer.vocab_size} tokens", flush=True)
     return tokenizer
+
+
+def _learn_characters(config: TrainConfig) -> CharTokenizer:
+    files = [] if config.data is None else tokens.find_data(config.data)
+    if not files or not tokens.is_text(files[0]):
+        raise ConfigError(f"--tokenizer {CHARACTERS}: expected a text in --data, found {config.data or 'none'}")
+    texts = (text for file in files for text in read_documents(file))
+    return CharTokenizer.learn(texts, source=f"the characters of {config.data}")
 
 
 def model_config(config: TrainConfig, tokenizer: BaseTokenizer | None, resumed: Path | None = None) -> ModelConfig:

@@ -264,7 +264,7 @@ class Model:
         """Return the model of a file or directory; its tokenizer, if one lies there, is named by ``tokenizer_path``.
 
         Args:
-            path: a llama2.c .bin file, a GGUF file, a Hugging Face directory, a checkpoint, or the directory of a run.
+            path: a llama2.c, llm.c, GGUF or BLZT file, a Hugging Face directory, a checkpoint, or a run's directory.
             device: as for Model.
             ane: as for Model.
 
@@ -284,7 +284,7 @@ class Model:
     def save_pretrained(
         self,
         path: str | Path,
-        format: Literal["hf", "llama2c", "llama2c-v1"] = "hf",
+        format: Literal["hf", "llama2c", "llama2c-v1", "llmc", "llmc-v1", "llmc-v5"] = "hf",
         *,
         dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         max_shard_bytes: int | None = None,
@@ -293,8 +293,9 @@ class Model:
 
         Args:
             path: a directory for "hf" (config.json and model.safetensors), a file for the others.
-            format: "hf", "llama2c" (the .bin file of version 0) or "llama2c-v1" (of version 1).
-            dtype: what weights are rounded to, for "hf"; llama2.c files are fp32.
+            format: "hf"; for a Llama "llama2c" (the .bin file of version 0) or "llama2c-v1"; for a GPT-2 "llmc"
+                (llm.c's file of version 3), "llmc-v1" or "llmc-v5" (bfloat16).
+            dtype: what weights are rounded to, for "hf"; the other formats have one of their own.
             max_shard_bytes: tensor bytes in one file of "hf", at least 1; None: 5 GB.
 
         Raises:
@@ -303,16 +304,7 @@ class Model:
         """
         from anellm import weights
 
-        if format == "hf":
-            weights.save_hf(path, self.config, self.params, dtype, max_shard_bytes)
-            return
-        if format not in weights.LLAMA2C_VERSIONS:
-            known = ", ".join(["hf", *weights.LLAMA2C_VERSIONS])
-            raise errors.InvalidError(f"format: expected one of {known}, found {format!r}")
-        if dtype != "float32" or max_shard_bytes is not None:
-            what = "dtype" if dtype != "float32" else "max_shard_bytes"
-            raise errors.InvalidError(f"{what}: format {format} is one file of float32; use hf")
-        weights.save_llama2c(path, self.config, self.params, weights.LLAMA2C_VERSIONS[format])
+        weights.save(path, self.config, self.params, format, dtype, max_shard_bytes)
 
     def to(self, device: str, ane: AneOptions | None = None) -> Model:
         """Let another device compute from now on, and return the model; weights, gradients and moments stay.

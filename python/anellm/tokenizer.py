@@ -7,7 +7,7 @@ import math
 import re
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ __all__ = ["DOCUMENT_SEPARATOR", "TokenStream", "Tokenizer", "load_tokenizer_fil
 
 FILE_NAME = "tokenizer.bin"
 # Names a tokenizer is found by beside weights, the ones that need nothing else first.
-TOKENIZER_FILES = (FILE_NAME, "tokenizer.model", "tokenizer.json")
+TOKENIZER_FILES = (FILE_NAME, "tokenizer.model", "tokenizer.json", "gpt2_tokenizer.bin")
+GPT2, CHARACTERS = "gpt2", "char"  # what stands for a tokenizer instead of a file
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 FIRST_BYTE_ID, FIRST_PIECE_ID = 3, 259
 BYTE_PIECES = tuple(b"<0x%02X>" % value for value in range(256))
@@ -257,16 +258,19 @@ def load_tokenizer_file(path: str | Path) -> BaseTokenizer:
     """Read a tokenizer of any kind; the content decides which.
 
     Args:
-        path: a llama2.c tokenizer.bin, a Hugging Face tokenizer.json (with the extra ``tokenizers``), a sentencepiece
-            .model, a GGUF file; or a folder that holds one.
+        path: a llama2.c tokenizer.bin, a Hugging Face tokenizer.json (with the extra ``tokenizers``, if it is not
+            GPT-2's kind), a sentencepiece .model, llm.c's gpt2_tokenizer.bin, GPT-2's vocab.bpe or merges.txt, a GGUF
+            file; or a folder that holds one. "gpt2", where no such file is, means the one that comes along.
 
     Raises:
         DataError: naming file, field, expected and found.
-        UnavailableError: for a tokenizer.json, if the ``tokenizers`` package is not installed.
+        UnavailableError: for a tokenizer.json, if the ``tokenizers`` package is needed and not installed.
     """
-    from anellm import tokenizer_json, tokenizer_spm
-
     path = Path(path)
+    if str(path) == GPT2 and not path.exists():
+        from anellm.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer.gpt2()
     if path.is_dir():
         found = find_tokenizer_file(path)
         if found is None:
@@ -279,16 +283,23 @@ def load_tokenizer_file(path: str | Path) -> BaseTokenizer:
             head = file.read(64)
     except OSError as error:
         raise DataError(f"{path}: cannot read the tokenizer: {error.strerror or error}") from error
-    if head.startswith(b"GGUF"):
-        from anellm import weights_gguf
+    return _reader(head)(path)
 
-        return weights_gguf.read_tokenizer(path)
+
+def _reader(head: bytes) -> Callable[[Path], BaseTokenizer]:
+    """Return what reads a tokenizer file that begins like this."""
+    from anellm import tokenizer_files, tokenizer_llmc, tokenizer_spm, weights_gguf
+
     # A tokenizer.bin starts with an int32, whose upper bytes are zero.
-    if head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{") and b"\0" not in head:
-        return tokenizer_json.JsonTokenizer.from_file(path)
-    if tokenizer_spm.looks_like_model(head):
-        return tokenizer_spm.read(path)
-    return Tokenizer.from_file(path)
+    json = head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{") and b"\0" not in head
+    kinds: tuple[tuple[bool, Callable[[Path], BaseTokenizer]], ...] = (
+        (head.startswith(b"GGUF"), weights_gguf.read_tokenizer),
+        (json, tokenizer_files.read_json),
+        (tokenizer_llmc.looks_like_table(head), tokenizer_llmc.read),
+        (head.startswith(b"#version"), tokenizer_files.read_merges),
+        (tokenizer_spm.looks_like_model(head), tokenizer_spm.read),
+    )
+    return next((reader for fits, reader in kinds if fits), Tokenizer.from_file)
 
 
 def find_tokenizer_file(folder: Path) -> Path | None:

@@ -1,8 +1,13 @@
-"""Byte-pair tokenizers in Hugging Face's ``tokenizer.json``, encoded by the ``tokenizers`` package (an extra)."""
+"""Byte-pair tokenizers in Hugging Face's ``tokenizer.json``.
+
+GPT-2's kind is encoded here, all others by the ``tokenizers`` package (an extra).
+"""
 
 from __future__ import annotations
 
+import functools
 import re
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from anellm import safeio, saferead
+from anellm.byte_level import byte_alphabet, encoder_of, is_version
 from anellm.errors import DataError, UnavailableError
 from anellm.tokenizer_base import DOCUMENT_SEPARATOR, BaseTokenizer
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-_LIMIT_BYTES = 128 << 20
+LIMIT_BYTES = 128 << 20
 _MOST_HOLES = 1 << 16  # ids that no token has, below the largest
 _END_NAMES = (DOCUMENT_SEPARATOR, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+GPT2_VOCAB_SIZE = 50257
+_GPT2_MERGES = "data/gpt2.bpe.zlib"  # OpenAI's vocab.bpe
 _SPACE = "\u2581"  # what stands for a space in vocabularies of sentencepiece's kind
 
 # How GGUF files call the ways of cutting text into words, and what each means (llama.cpp's llama-vocab.cpp; the
@@ -74,7 +82,7 @@ class JsonTokenizer(BaseTokenizer):
 
         Raises:
             DataError: naming source, field, expected and found, if it is damaged or of a kind that is not supported.
-            UnavailableError: if the ``tokenizers`` package is not installed.
+            UnavailableError: if it is not of GPT-2's kind, and the ``tokenizers`` package is not installed.
         """
         self._data, self._config, self.source = data, config, source
         values = saferead.parse_json(data, source, DataError)
@@ -82,7 +90,8 @@ class JsonTokenizer(BaseTokenizer):
         vocab, added = _vocabulary(values, source)
         self._set_bytes(values, vocab, added)
         _check_merges(values["model"], vocab, source)
-        self._backend = _backend(data, source)
+        self._own = encoder_of(values, vocab, added)
+        self._backend: Any = _backend(data, source) if self._own is None else None
         self._special_ids = frozenset(index for index, (_, special) in added.items() if special)
         self._special_texts = [text for text, special in added.values() if special and text]
         self._set_ends(settings, {**vocab, **{text: index for index, (text, _) in added.items()}})
@@ -98,10 +107,33 @@ class JsonTokenizer(BaseTokenizer):
         path = Path(path)
         config = path.with_name(CONFIG_NAME)
         return cls(
-            saferead.read_regular(path, DataError, _LIMIT_BYTES, follow=True),
-            saferead.read_regular(config, DataError, _LIMIT_BYTES, follow=True) if config.is_file() else None,
+            saferead.read_regular(path, DataError, LIMIT_BYTES, follow=True),
+            saferead.read_regular(config, DataError, LIMIT_BYTES, follow=True) if config.is_file() else None,
             source=str(path),
         )
+
+    @classmethod
+    def gpt2(cls) -> JsonTokenizer:
+        """Return GPT-2's tokenizer, which comes with the package: 50,257 tokens, the last one ``<|endoftext|>``."""
+        return _gpt2()
+
+    @classmethod
+    def from_merges(cls, text: str, *, source: str = "vocab.bpe") -> JsonTokenizer:
+        """Build a tokenizer of GPT-2's kind from its merges alone.
+
+        Ids are those of GPT-2's encoder.json: bytes in the order of their alphabet, merges, ``<|endoftext|>``.
+
+        Args:
+            text: content of a ``vocab.bpe`` or ``merges.txt``: a line ``#version``, then "left right", best first.
+            source: what to call it in an error.
+
+        Raises:
+            DataError: naming source, merge, expected and found.
+        """
+        merges = [line for line in text.split("\n") if line and not line.startswith("#version")]
+        tokens = [*byte_alphabet(), *(line.replace(" ", "", 1) for line in merges), DOCUMENT_SEPARATOR]
+        end = len(tokens) - 1
+        return cls.from_bpe(tokens, merges, "gpt-2", bos_id=end, eos_id=end, add_bos=False, source=source)
 
     @classmethod
     def from_bpe(
@@ -175,6 +207,15 @@ class JsonTokenizer(BaseTokenizer):
         }
         return cls(safeio.json_bytes(values, None), safeio.json_bytes(config), source=source)
 
+    def is_gpt2(self) -> bool:
+        """Return whether this gives what gpt2() gives, whatever file it is from."""
+        return self._own is not None and list(self.token_table) == list(self.gpt2().token_table)
+
+    @property
+    def token_table(self) -> Sequence[bytes]:
+        """Return the bytes of each token; those that begin, end or steer texts have none."""
+        return self._bytes
+
     def to_bytes(self) -> bytes:
         """Return the content of tokenizer.json, as it was read."""
         return self._data
@@ -189,7 +230,7 @@ class JsonTokenizer(BaseTokenizer):
         """Fill the decoder's table: the bytes of each token."""
         byte_level = _is_byte_level(values, self.source)
         table = [b""] * (1 + max([*vocab.values(), *added]))
-        inverse = _byte_alphabet()
+        inverse = byte_alphabet()
         for text, index in vocab.items():
             if index in added:
                 continue
@@ -211,10 +252,13 @@ class JsonTokenizer(BaseTokenizer):
 
     def _set_ends(self, settings: Mapping[str, Any], ids: Mapping[str, int]) -> None:
         """Find which tokens begin, end and separate texts."""
-        encoding = self._backend.encode("a", add_special_tokens=True)
-        mask = list(encoding.special_tokens_mask)
-        text_at = mask.index(0) if 0 in mask else len(mask)
-        begins, ends = encoding.ids[:text_at], [i for i, m in zip(encoding.ids, mask, strict=True) if m][text_at:]
+        begins: list[int] = []
+        ends: list[int] = []
+        if self._backend is not None:
+            encoding = self._backend.encode("a", add_special_tokens=True)
+            mask = list(encoding.special_tokens_mask)
+            text_at = mask.index(0) if 0 in mask else len(mask)
+            begins, ends = encoding.ids[:text_at], [i for i, m in zip(encoding.ids, mask, strict=True) if m][text_at:]
         if len(begins) > 1:
             raise DataError(f"{self.source}: post_processor: expected at most one token before a text, found {begins}")
         self.bos_id = begins[0] if begins else _named(settings, "bos_token", ids)
@@ -230,15 +274,26 @@ class JsonTokenizer(BaseTokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         text.encode("utf-8")  # a lone surrogate is refused here, with its place
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._encode_plain(text)
         if not self._special_ids.isdisjoint(ids):
             # Merges, or a whole word that is in the vocabulary, spelt a special token: cut each one in the text apart.
             pattern = "|".join(re.escape(name) for name in sorted(self._special_texts, key=len, reverse=True))
             cuts = [match.start() + 1 for match in re.finditer(pattern, text)]
             parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-            ids = [i for part in parts if part for i in self._backend.encode(part, add_special_tokens=False).ids]
+            ids = [index for part in parts if part for index in self._encode_plain(part)]
             ids = [index for index in ids if index not in self._special_ids]
         return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if self._own is not None:
+            return self._own.encode(text)
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+@functools.cache
+def _gpt2() -> JsonTokenizer:
+    data = (Path(__file__).parent / _GPT2_MERGES).read_bytes()
+    return JsonTokenizer.from_merges(zlib.decompress(data).decode("utf-8"), source="gpt2")
 
 
 def _utf8(text: str) -> bytes:
@@ -250,16 +305,6 @@ def _named(settings: Mapping[str, Any], key: str, ids: Mapping[str, int]) -> int
     value = settings.get(key)
     name = value.get("content") if isinstance(value, dict) else value
     return ids.get(name) if isinstance(name, str) else None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return which byte each character of a byte-level vocabulary stands for.
-
-    Source: GPT-2's encoder.py: printable bytes stand for themselves, the others for U+0100 and up, in order.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [value for value in range(256) if value not in set(printable)]
-    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
 
 
 def _vocabulary(values: Mapping[str, Any], source: str) -> tuple[dict[str, int], dict[int, tuple[str, bool]]]:
@@ -298,8 +343,8 @@ def _check_merges(model: Mapping[str, Any], vocab: Mapping[str, int], source: st
     n_prefix = len(prefix) if isinstance(prefix, str) else 0
     for number, item in enumerate(merges if isinstance(merges, list) else ()):
         pair = item.split(" ") if isinstance(item, str) else item
-        if isinstance(item, str) and item.startswith("#version"):
-            continue  # a line that old files begin with, and the package skips
+        if is_version(item):
+            continue
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise DataError(f"{source}: model.merges[{number}]: expected two tokens, found {item!r}"[:300])
         for part in (*pair, pair[0] + pair[1][n_prefix:]):

@@ -39,9 +39,9 @@ _CODES = {"uint16": 1, "int32": 2, "uint32": 3}
 _UNKNOWN_SHA256 = b"\0" * 32
 
 _LLMC_BYTES, _LLMC_COUNT_LIMIT = 1024, 1 << 31
-_LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic -> version, dtype
+LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic -> version, dtype
 # Other int32 magic numbers of llm.c, to name a file that was meant for something else.
-_LLMC_OTHERS = {
+LLMC_OTHERS = {
     20240326: "an llm.c model", 20240327: "an llm.c debug state", 20240328: "an llm.c tokenizer",
     20240522: "an llm.c evaluation set", 20240527: "an llm.c optimizer state", 20240803: "an llm.c Llama model",
 }  # fmt: skip
@@ -122,9 +122,9 @@ def read_header(path: Path, raw_dtype: str = "uint16") -> TokenFile:
     if head.startswith(MAGIC) or (size > 1 and MAGIC.startswith(head)):
         return _ours(path, head, size)
     magic = int.from_bytes(head[:4], "little") if len(head) >= 4 else 0
-    if magic in _LLMC:
+    if magic in LLMC:
         return _llmc(path, head, size, magic)
-    other = _LLMC_OTHERS.get(magic) or next((name for start, name in _OTHERS.items() if head.startswith(start)), None)
+    other = LLMC_OTHERS.get(magic) or next((name for start, name in _OTHERS.items() if head.startswith(start)), None)
     if other:
         raise DataError(f"{path}: expected a token file, found {other}")
     dtype = TOKEN_DTYPES[raw_dtype]
@@ -150,7 +150,7 @@ def _check_size(path: Path, size: int, offset: int, count: int, itemsize: int) -
 def _llmc(path: Path, head: bytes, size: int, magic: int) -> TokenFile:
     if len(head) < _LLMC_BYTES:
         raise DataError(f"{path}: expected a header of {_LLMC_BYTES} bytes (llm.c shard), found {len(head)}")
-    version, name = _LLMC[magic]
+    version, name = LLMC[magic]
     _, found, count = struct.unpack_from("<3i", head)
     if found != version:
         raise DataError(f"{path}: version: expected {version} (llm.c shard {magic}), found {found}")
@@ -209,7 +209,7 @@ def llmc_header(count: int, dtype: np.dtype[Any]) -> bytes:
         InvalidError: when it has no room for the count, or there is no such shard.
     """
     name = next(name for name, kind in TOKEN_DTYPES.items() if kind == dtype)
-    magic, version = next(((magic, version) for magic, (version, kind) in _LLMC.items() if kind == name), (0, 0))
+    magic, version = next(((magic, version) for magic, (version, kind) in LLMC.items() if kind == name), (0, 0))
     if not magic or count >= _LLMC_COUNT_LIMIT:
         raise InvalidError(f"llm.c shard: expected uint16 or uint32 and below 2**31 tokens, found {count} {name}")
     return struct.pack("<3i", magic, version, count).ljust(_LLMC_BYTES, b"\0")
@@ -264,7 +264,7 @@ def is_text(path: Path) -> bool:
 
 
 def _is_data(path: Path) -> bool:
-    if path.name.startswith((".", "tokenizer.")) or path.name.endswith(".tokenizer.bin"):
+    if path.name.startswith((".", "tokenizer.")) or path.name.endswith((".tokenizer.bin", "_tokenizer.bin")):
         return False
     return path.suffix.lower() in TOKEN_SUFFIXES + TEXT_SUFFIXES and path.is_file()
 

@@ -1,8 +1,8 @@
-"""Read and write pretrained models: Hugging Face directories, llama2.c files; GGUF and BLZT files (read only).
+"""Read and write pretrained models: Hugging Face directories, llama2.c and llm.c files; GGUF and BLZT (read only).
 
-This is the front door: it finds out what a path is, and hands over to `weights_hf`, `weights_llama2c`, `weights_gguf`
-or `weights_blzt`. Tensors travel as (Hugging Face name, fp32 array) one at a time, from a memory-mapped file, so a
-model is never in memory twice.
+This is the front door: it finds out what a path is, and hands over to `weights_hf`, `weights_llama2c`, `weights_llmc`,
+`weights_gguf` or `weights_blzt`. Tensors travel as (Hugging Face name, fp32 array) one at a time, from a memory-mapped
+file, so a model is never in memory twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anellm import checkpoint, errors
+from anellm import checkpoint, errors, tokens
 
 if TYPE_CHECKING:
     from anellm.config import ModelConfig
@@ -24,7 +24,11 @@ _SHOWN = 100  # characters of a name in a message
 _CHUNK = 1 << 20  # elements looked at in one go, so that a check needs no copy of the tensor
 
 LLAMA2C_VERSIONS = {"llama2c": 0, "llama2c-v1": 1}  # format as users name it -> version of the file
+LLMC_VERSIONS = {"llmc": 3, "llmc-v1": 1, "llmc-v5": 5}
+FORMATS = ("hf", *LLAMA2C_VERSIONS, *LLMC_VERSIONS)  # that can be written
 
+# llm.c's files, by the int32 that they begin with.
+LLMC_KINDS = {**tokens.LLMC_OTHERS, **dict.fromkeys(tokens.LLMC, "an llm.c token shard")}
 # What other formats start with, to name them instead of calling their header damaged.
 _FOREIGN_MAGIC = {
     b"PK\x03\x04": "a PyTorch (pickle) file",
@@ -205,7 +209,7 @@ def load_tokenizer(
         explicit: a tokenizer file of any kind, or None to look beside the model.
 
     Returns:
-        The tokenizer, or None when none is named and none is found.
+        The tokenizer, or None when none is named and none is found, and default_tokenizer() knows none.
 
     Raises:
         DataError: when the tokenizer has more tokens than the model knows, or its file is damaged.
@@ -214,7 +218,7 @@ def load_tokenizer(
 
     path = Path(explicit) if explicit is not None else find_tokenizer(model_path)
     if path is None:
-        return None
+        return default_tokenizer(config)
     tokenizer = load_tokenizer_file(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise errors.DataError(
@@ -224,15 +228,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def default_tokenizer(config: ModelConfig) -> BaseTokenizer | None:
+    """Return the tokenizer of a model that none lies beside: GPT-2's, for a GPT-2 with its vocabulary; else None."""
+    from anellm.tokenizer_json import GPT2_VOCAB_SIZE, JsonTokenizer
+
+    return JsonTokenizer.gpt2() if (config.arch, config.vocab_size) == ("gpt2", GPT2_VOCAB_SIZE) else None
+
+
 def load_pretrained(path: str | Path) -> Pretrained:
     """Open a pretrained model of any format that anellm reads.
 
     Headers, names, shapes, dtypes and sizes are checked now, values while the tensors are read.
 
     Args:
-        path: a llama2.c .bin file (version 0, 1 or 2), a GGUF file, a BLZT checkpoint of the original ANE trainer, a
-            Hugging Face directory (config.json and safetensors), a checkpoint directory, or a run directory (its best
-            checkpoint, else its newest).
+        path: a llama2.c .bin file (version 0, 1 or 2), an llm.c model (version 1, 3 or 5), a GGUF file, a BLZT
+            checkpoint of the original ANE trainer, a Hugging Face directory (config.json and safetensors), a checkpoint
+            directory, or a run directory (its best checkpoint, else its newest).
 
     Returns:
         The configuration and an iterator over the tensors.
@@ -241,7 +252,7 @@ def load_pretrained(path: str | Path) -> Pretrained:
         DataError: when the path holds no model, or a damaged one.
         UnavailableError: when a quantised GGUF file needs a package that is not installed.
     """
-    from anellm import weights_blzt, weights_gguf, weights_hf, weights_llama2c
+    from anellm import weights_blzt, weights_gguf, weights_hf, weights_llama2c, weights_llmc
 
     target = resolve(path)
     tokenizer = _tokenizer_of(target)
@@ -251,6 +262,8 @@ def load_pretrained(path: str | Path) -> Pretrained:
         config, tensors = weights_gguf.read(target)
     elif _magic(target) == weights_blzt.MAGIC:
         config, tensors = weights_blzt.read(target)
+    elif _magic(target) == weights_llmc.MAGIC.to_bytes(4, "little"):
+        config, tensors = weights_llmc.read(target)
     else:
         _refuse_foreign(target)
         config, tensors = weights_llama2c.read(target)
@@ -271,8 +284,9 @@ def _refuse_foreign(path: Path) -> None:
     if path.suffix == ".safetensors":
         raise errors.DataError(f"{path}: pass the directory that holds it together with its config.json")
     magic = _magic(path)
-    if magic in _FOREIGN_MAGIC:
-        raise errors.DataError(f"{path}: expected a llama2.c or GGUF file, found {_FOREIGN_MAGIC[magic]}")
+    found = _FOREIGN_MAGIC.get(magic) or LLMC_KINDS.get(int.from_bytes(magic, "little"))
+    if found:
+        raise errors.DataError(f"{path}: expected a llama2.c, llm.c or GGUF model, found {found}")
 
 
 def save_hf(
@@ -299,6 +313,65 @@ def save_hf(
 
     limit = weights_hf.MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
     weights_hf.write(Path(directory), config, params, dtype, limit)
+
+
+def save_llmc(path: str | Path, config: ModelConfig, params: Mapping[str, np.ndarray], version: int = 3) -> None:
+    """Write an llm.c model file.
+
+    Args:
+        path: the file, replaced when it exists.
+        config: a GPT-2's dimensions.
+        params: fp32 arrays by Hugging Face name.
+        version: 1 (llm.metal's), 3 (fp32, the vocabulary padded to a multiple of 128) or 5 (as 3, in bfloat16).
+
+    Raises:
+        InvalidError: when the format cannot express the model, or the parameters do not fit the configuration.
+        NonFiniteError: on inf or NaN, or a value that bfloat16 cannot hold.
+    """
+    from anellm import weights_llmc
+
+    weights_llmc.write(Path(path), config, params, version)
+
+
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, np.ndarray],
+    kind: str = "hf",
+    dtype: str = "float32",
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write a model in one of FORMATS; see save_hf(), save_llama2c() and save_llmc().
+
+    Args:
+        path: a directory for "hf", a file for the others.
+        config: the model's dimensions.
+        params: fp32 arrays by Hugging Face name.
+        kind: the format.
+        dtype: of the weights, for "hf".
+        max_shard_bytes: tensor bytes in one file, for "hf".
+
+    Raises:
+        InvalidError: on an unknown format or dtype, or a model that the format cannot express.
+        NonFiniteError: on inf or NaN, or a value that the dtype cannot hold.
+    """
+    if kind not in FORMATS:
+        raise errors.InvalidError(f"format: expected one of {', '.join(FORMATS)}, found {kind!r}")
+    if kind == "hf":
+        save_hf(path, config, params, dtype, max_shard_bytes)
+        return
+    if dtype != "float32" or max_shard_bytes is not None:
+        what = "dtype" if dtype != "float32" else "max_shard_bytes"
+        raise errors.InvalidError(f"{what}: format {kind} is one file of {file_dtype(kind)}; use hf")
+    if kind in LLMC_VERSIONS:
+        save_llmc(path, config, params, LLMC_VERSIONS[kind])
+    else:
+        save_llama2c(path, config, params, LLAMA2C_VERSIONS[kind])
+
+
+def file_dtype(kind: str) -> str:
+    """Return what weights in a file of a format other than "hf" are."""
+    return "bfloat16" if kind == "llmc-v5" else "float32"
 
 
 def save_llama2c(path: str | Path, config: ModelConfig, params: Mapping[str, np.ndarray], version: int = 0) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from anellm import errors, safeio, weights
+from anellm import errors, hf_layout, safeio, weights
 from anellm.config import ModelConfig
+from anellm.floats import DTYPES, ITEM_BYTES, decode, encode
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -33,11 +34,9 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_JSON_BYTES = 64 << 20
 _MAX_DIMS = 8
 _MAX_NAME = 200  # characters of a file name: no system takes much longer ones
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_BUFFER_BYTES = {**ITEM_BYTES, "BOOL": 1, "U8": 1}  # of tables that are not read
 _SHARD_NAMES = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _TIED_HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 _CHUNK = 1 << 20
 
 
@@ -97,14 +96,15 @@ def _entry(path: Path, name: str, info: object, data_start: int, size: int) -> _
     if not isinstance(info, dict):
         raise bad("description", "an object", info)
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+    item_bytes = _BUFFER_BYTES if hf_layout.is_buffer(name) else ITEM_BYTES
+    if not isinstance(dtype, str) or dtype not in item_bytes:
         raise bad("dtype", "F32, F16 or BF16", dtype)
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(_is_count(n) for n in shape):
         raise bad("shape", "a list of sizes", shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
         raise bad("data_offsets", "two offsets", offsets)
     begin, end = offsets
-    n_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    n_bytes = math.prod(shape) * item_bytes[dtype]
     if end - begin != n_bytes:
         raise bad(
             "data_offsets",
@@ -190,32 +190,7 @@ def _collect(directory: Path) -> dict[str, _Entry]:
 
 def _fp32(entry: _Entry, data: np.ndarray) -> np.ndarray:
     """Return a tensor as fp32: a view of the mapped file where it is fp32 already, else a converted copy."""
-    return _decode(data[entry.begin : entry.begin + entry.n_bytes], entry.dtype).reshape(entry.shape)
-
-
-def _decode(raw: np.ndarray, code: str) -> np.ndarray:
-    """Return bytes of a file dtype as fp32."""
-    if code == "F32":
-        array = raw.view("<f4") if raw.ctypes.data % 4 == 0 else raw.copy().view("<f4")
-    elif code == "F16":
-        array = raw.view("<f2").astype(np.float32)
-    else:
-        bits = raw.view("<u2").astype(np.uint32)  # bfloat16 is the upper half of a float32
-        bits <<= 16
-        array = bits.view(np.float32)
-    return np.asarray(array)
-
-
-def rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """Return an fp32 array as it is read back after being written in a dtype.
-
-    Raises:
-        NonFiniteError: when a value does not fit the dtype.
-    """
-    if dtype == "float32":
-        return array
-    code = DTYPES[dtype]
-    return _decode(np.frombuffer(_encode(name, array, code), np.uint8), code).reshape(array.shape)
+    return decode(data[entry.begin : entry.begin + entry.n_bytes], entry.dtype).reshape(entry.shape)
 
 
 def _map(path: Path) -> np.ndarray:
@@ -245,27 +220,51 @@ def read(directory: Path) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]
         raise errors.DataError(f"{config_path}: {error}") from None
     entries = _collect(directory)
     if config.n_layers > len(entries):  # before a table is made as long as config.json says
+        key = "n_layer" if config.arch == "gpt2" else "num_hidden_layers"
         raise errors.DataError(
-            f"{config_path}: num_hidden_layers: expected at most one a tensor ({len(entries)}), found {config.n_layers}"
+            f"{config_path}: {key}: expected at most one a tensor ({len(entries)}), found {config.n_layers}"
         )
     shapes = weights.file_shapes(config, config_path)
+    entries = _named(directory, config, entries)
     tied_head = entries.pop(_TIED_HEAD, None) if config.tie_embeddings else None
-    names = {name for name in entries if not name.endswith("rotary_emb.inv_freq")}  # a table that we recompute
-    for what, wrong in (("missing", shapes.keys() - names), ("unexpected", names - shapes.keys())):
+    stored = hf_layout.stored_shapes(config, shapes)
+    missing = {name for name in stored.keys() - entries.keys() if not hf_layout.optional(config, name)}
+    for what, wrong in (("missing", missing), ("unexpected", entries.keys() - stored.keys())):
         if wrong:
             raise errors.DataError(f"{directory}: {what} tensors for its config.json: {weights.name_list(wrong)}")
-    for name, shape in shapes.items():
-        if entries[name].shape != shape:
+    for name, shape in stored.items():
+        if name in entries and entries[name].shape != shape:
             raise errors.DataError(
                 f"{entries[name].path}: tensor {name}: shape: expected {shape} by config.json, "
                 f"found {entries[name].shape}"
             )
     if tied_head is not None:
-        _compare_tied_head(tied_head, entries[_EMBEDDING])
-    return config, _read_tensors({name: entries[name] for name in shapes})
+        _compare_tied_head(tied_head, entries[hf_layout.EMBEDDINGS[config.arch]], config)
+    zeros = {name: entry for name, entry in entries.items() if name not in shapes}
+    for name, array in _read_tensors(zeros):
+        hf_layout.check_zero_biases(config, {name: array}, str(directory), errors.DataError)
+    return config, (
+        (name, hf_layout.own(name, array, config))
+        for name, array in _read_tensors({name: entries[name] for name in shapes})
+    )
 
 
-def _compare_tied_head(head: _Entry, embedding: _Entry) -> None:
+def _named(directory: Path, config: ModelConfig, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    """Return the tensors by their full names, without the tables that are computed here."""
+    named: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        if hf_layout.is_buffer(name):
+            continue
+        full = hf_layout.full_name(name, config)
+        if full in named:
+            raise errors.DataError(
+                f"{directory}: tensor {weights.shown(full)}: expected once, found it with and without its prefix"
+            )
+        named[full] = entry
+    return named
+
+
+def _compare_tied_head(head: _Entry, embedding: _Entry, config: ModelConfig) -> None:
     """Warn when a tied model carries a classifier of its own: it is ignored, as transformers does."""
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
     if same:
@@ -274,7 +273,8 @@ def _compare_tied_head(head: _Entry, embedding: _Entry) -> None:
         same = all(np.array_equal(a[i : i + _CHUNK], b[i : i + _CHUNK]) for i in range(0, a.size, _CHUNK))
     if not same:
         warnings.warn(
-            f"{head.path}: {_TIED_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true: ignored",
+            f"{head.path}: {_TIED_HEAD} differs from {hf_layout.EMBEDDINGS[config.arch]}, but tie_word_embeddings is "
+            "true: ignored",
             stacklevel=4,
         )
 
@@ -286,25 +286,6 @@ def _read_tensors(entries: dict[str, _Entry]) -> Iterator[tuple[str, np.ndarray]
         if entry.path not in maps:
             maps[entry.path] = _map(entry.path)
         yield name, _fp32(entry, maps[entry.path])
-
-
-def _encode(name: str, array: np.ndarray, dtype: str) -> bytes | memoryview:
-    """Return a tensor's bytes in a file dtype, rounded to nearest even."""
-    array = np.ascontiguousarray(array, dtype="<f4").reshape(-1)
-    if dtype == "F32":
-        return array.data.cast("B")
-    if dtype == "F16":
-        with np.errstate(over="ignore"):
-            half = array.astype("<f2")
-        overflow = ~np.isfinite(half)
-    else:
-        bits = array.view(np.uint32)
-        half = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype("<u2")
-        overflow = (half & 0x7F80) == 0x7F80
-    if overflow.any():
-        value = array[int(overflow.argmax())]
-        raise errors.NonFiniteError(f"params[{name!r}]: {value:g} does not fit {dtype}; use float32")
-    return half.data.cast("B")
 
 
 def write_safetensors(file: safeio.NewFile, tensors: Mapping[str, np.ndarray], code: str = "F32") -> None:
@@ -323,14 +304,14 @@ def write_safetensors(file: safeio.NewFile, tensors: Mapping[str, np.ndarray], c
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, array in tensors.items():
-        n_bytes = array.size * _ITEM_BYTES[code]
+        n_bytes = array.size * ITEM_BYTES[code]
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [at, at + n_bytes]}
         at += n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned when the file is mapped
     file.write(struct.pack("<Q", len(text)) + text)
     for name, array in tensors.items():
-        file.write(_encode(name, array, code))
+        file.write(encode(name, array, code))
 
 
 def _shards(tensors: Mapping[str, np.ndarray], code: str, max_bytes: int) -> list[dict[str, np.ndarray]]:
@@ -338,7 +319,7 @@ def _shards(tensors: Mapping[str, np.ndarray], code: str, max_bytes: int) -> lis
     shards: list[dict[str, np.ndarray]] = [{}]
     used = 0
     for name, array in tensors.items():
-        n_bytes = array.size * _ITEM_BYTES[code]
+        n_bytes = array.size * ITEM_BYTES[code]
         if shards[-1] and used + n_bytes > max_bytes:
             shards.append({})
             used = 0
@@ -356,7 +337,9 @@ def write(
     if max_shard_bytes < 1:
         raise errors.InvalidError(f"max_shard_bytes: expected at least 1, found {max_shard_bytes}")
     code = DTYPES[dtype]
-    tensors = {name: params[name] for name in weights.check_params(config, params)}
+    names_of_all = weights.check_params(config, params)
+    hf_layout.check_padding(config, params)
+    tensors = hf_layout.stored(config, {name: params[name] for name in names_of_all})
     shards = _shards(tensors, code, max_shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     index = None
@@ -364,7 +347,7 @@ def write(
         names = [WEIGHTS_NAME]
     else:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(array.size for array in tensors.values()) * _ITEM_BYTES[code]
+        total = sum(array.size for array in tensors.values()) * ITEM_BYTES[code]
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with _new_model(directory) as folder:
         for name, shard in zip(names, shards, strict=True):

@@ -298,7 +298,7 @@ def test_python_api(small: Path, tmp_path: Path) -> None:
     for kind, details, expected in (
         ("llama2c", {"dtype": "float16"}, "dtype: format llama2c is one file of float32"),
         ("llama2c-v1", {"max_shard_bytes": 5}, "max_shard_bytes: format llama2c-v1"),
-        ("gguf", {}, "format: expected one of hf, llama2c, llama2c-v1, found 'gguf'"),
+        ("gguf", {}, "format: expected one of hf, llama2c, llama2c-v1, llmc, llmc-v1, llmc-v5, found 'gguf'"),
     ):
         with pytest.raises(InvalidError, match=expected):
             model.save_pretrained(tmp_path / "b", kind, **details)

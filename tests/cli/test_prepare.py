@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import tarfile
 import threading
 import zipfile
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anellm import evaluate, prepare, train
+from anellm import evaluate, generate, prepare, tokenizer_llmc, train
 from anellm.bpe_trainer import default_vocab_size
 from anellm.data import TokenDataset
 from anellm.errors import DataError
@@ -115,10 +116,13 @@ def test_formats() -> None:
     sizes = {}
     for kind in prepare.FORMATS:
         run("stories.txt", "--out", kind, "--format", kind, "--tokenizer", "tok.bin", "--val-tokens", "100")
-        np.testing.assert_array_equal(ids(kind, "train"), expected[:-100])
-        np.testing.assert_array_equal(ids(kind, "val"), expected[-100:])
+        more = {"dtype": "int32"} if kind == "int32" else {}
+        np.testing.assert_array_equal(ids(kind, "train", **more), expected[:-100])
+        np.testing.assert_array_equal(ids(kind, "val", **more), expected[-100:])
         sizes[kind] = Path(kind, "val_00000.bin").stat().st_size
-    assert sizes == {"anellm": 328, "raw": 200, "llmc": 1224}
+    assert sizes == {"anellm": 328, "raw": 200, "llmc": 1224, "int32": 400}
+    with pytest.raises(DataError, match="looks like int32 tokens: use --token-dtype int32"):
+        ids("int32")
 
 
 def test_tinystories_gives_the_published_tokens(data_dir: Path) -> None:
@@ -140,6 +144,120 @@ def test_tinystories_gives_the_published_tokens(data_dir: Path) -> None:
         assert Path(name, "train_00000.bin").read_bytes() == expected
     run(str(text / "sample_val.txt"), "--tokenizer", str(folder / "tokenizer.bin"), "--out", "c", "--val-tokens", "0")
     assert Path("c/train_00000.bin").read_bytes()[128:] == expected
+
+
+# ---- as llm.c prepares it
+
+
+def test_tinyshakespeare_gives_llmcs_shards(data_dir: Path) -> None:
+    """Hashes: of the files that llm.c's script makes of this text, computed with tiktoken 0.14.0."""
+    text = str(data_dir / "text" / "tinyshakespeare" / "input.txt")
+    values = run("tinyshakespeare", "--file", text, "--out", "a")
+    assert (values["val_tokens"], values["train_tokens"], values["documents"]) == (32_768, 305_260, 7222)
+    assert [(shard["size"], shard["sha256"]) for shard in values["val"] + values["train"]] == [
+        (66_560, "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62"),
+        (611_544, "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8"),
+    ]
+    assert (values["format"], values["dtype"], values["vocab_size"]) == ("llmc", "uint16", 50257)
+    assert values["tokenizer_sha256"] == load_tokenizer_file("gpt2").sha256
+    metal = run("tinyshakespeare", "--file", text, "--out", "b", "--format", "int32")
+    assert metal["dtype"] == "int32"
+    for name in ("val_00000.bin", "train_00000.bin"):  # llm.metal's files: the same ids as int32, without a header
+        np.testing.assert_array_equal(np.fromfile(Path("b", name), "<i4"), np.fromfile(Path("a", name), "<u2")[512:])
+    np.testing.assert_array_equal(ids("b", "val", dtype="int32"), ids("a", "val"))
+
+
+def test_sections_of_a_play(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "A:\nOne.\n\nB:\nTwo.\n\n\nC:\nThree.\n\n"
+    Path("play.txt").write_text(text, encoding="utf-8")
+    values = run("tinyshakespeare", "--file", "play.txt", "--out", "a", "--val-tokens", "0")
+    gpt2 = load_tokenizer_file("gpt2")
+    expected = []
+    for section in ("A:\nOne.\n\n", "B:\nTwo.\n\n", "\nC:\nThree.\n\n", ""):
+        expected += [50256, *gpt2.encode(section)]
+    assert np.fromfile("a/train_00000.bin", "<u2")[512:].tolist() == expected
+    assert (values["documents"], values["text_bytes"]) == (4, len(text))
+    tokenizer = Tokenizer.shipped()
+    run("tinyshakespeare", "--file", "play.txt", "--out", "b", "--val-tokens", "3", "--tokenizer", "tok.bin")
+    sections = ("A:\nOne.\n\n", "B:\nTwo.\n\n", "\nC:\nThree.\n\n")
+    assert ids("b").tolist() == [token for section in sections for token in tokenizer.encode(section)]
+    found = refused(capsys, 4, "tinyshakespeare", "--file", "play.txt", "--out", "c")
+    assert f"expected more than the 32768 tokens that are held out, found {len(expected)}" in found
+    assert "absent" in refused(capsys, 4, "tinyshakespeare", "--file", "absent", "--out", "c")
+    Path("bad").write_bytes(b"a\n\xff")
+    assert "bad:2: expected UTF-8 text" in refused(capsys, 4, "tinyshakespeare", "--file", "bad", "--out", "c")
+
+
+def test_tinystories_in_llmcs_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stories of a file are shuffled with 1337 plus the file's number in its part; each begins with <|endoftext|>."""
+    parts = [STORIES[:10], STORIES[10:25], STORIES[25:40]]
+    members = {f"data{n:02}.json": story_list(part) for n, part in enumerate(parts)}
+    archive = archive_of("zip", members)
+    values = run("tinystories", "--file", archive, "--out", "a")
+    gpt2 = load_tokenizer_file("gpt2")
+    streams = []
+    for part, seed in zip(parts, (1337, 1337, 1338), strict=True):
+        order = list(part)
+        random.Random(seed).shuffle(order)
+        streams.append([token for story in order for token in (50256, *gpt2.encode(story))])
+    assert ids("a", "val").tolist() == streams[0]
+    assert ids("a", "train").tolist() == streams[1] + streams[2]
+    assert (values["format"], values["documents"]) == ("llmc", 40)
+    Path("gpt2_tokenizer.bin").write_bytes(tokenizer_llmc.to_bytes(gpt2))
+    for number, name in enumerate(("gpt2", "gpt2_tokenizer.bin")):  # named, it is the same
+        again = run("tinystories", "--file", archive, "--out", f"b{number}", "--tokenizer", name)
+        assert (again["train"], again["val"]) == (values["train"], values["val"])
+    # Ids made before might be another tokenizer's: which one has to be said.
+    raw = archive_of("tar.gz", {"data00.bin": b"\1\0\2\0"})
+    assert "--tokenizer: needed, as there are tokens" in refused(capsys, 2, "tinystories", "--file", raw, "--out", "c")
+
+
+def test_gpt2_for_any_text() -> None:
+    values = run("stories.txt", "--tokenizer", "gpt2", "--out", "a", "--val-tokens", "50")
+    gpt2 = load_tokenizer_file("gpt2")
+    assert (values["format"], values["vocab_size"], values["documents"]) == ("anellm", 50257, 40)
+    expected = [token for story in STORIES for token in (*gpt2.encode(story), 50256)]
+    assert [*ids("a", "train"), *ids("a", "val")] == expected
+    # Shards of either of llm.c's and llm.metal's kinds train alike.
+    weights = []
+    for kind, more in (("llmc", ()), ("int32", ("--token-dtype", "int32"))):
+        run("stories.txt", "--tokenizer", "gpt2", "--out", kind, "--val-tokens", "50", "--format", kind)
+        small = [*SMALL, "--data", kind, "--out", f"r-{kind}", *more]
+        assert train.main(small) == 0
+        weights.append(Path(f"r-{kind}/step_00000002/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path("stories.txt").read_text(encoding="utf-8").replace("\n<|endoftext|>\n", "")
+    values = run("stories.txt", "--tokenizer", "char", "--out", "a", "--val-fraction", "0.1")
+    tokenizer = load_tokenizer_file(Path("a"))
+    assert "".join(tokenizer.characters) == "".join(sorted(set(text)))
+    assert values["vocab_size"] == len(set(text))
+    assert tokenizer.decode(ids("a", "train")) + tokenizer.decode(ids("a", "val")) == text
+    assert values["tokens"] == len(text)
+    # Training and writing take the characters from the folder, or from the text itself.
+    assert train.main([*SMALL, "--data", "a", "--out", "r1"]) == 0
+    flat = [*SMALL, "--data", "stories.txt", "--tokenizer", "char", "--val-fraction", "0.1", "--out", "r2"]
+    assert train.main(flat) == 0
+    weights = [Path(run, "step_00000002/model.safetensors").read_bytes() for run in ("r1", "r2")]
+    assert weights[0] == weights[1]
+    assert train.main(["--resume", "--out", "r2", "--steps", "3", "--quiet"]) == 0
+    args = ["--model", "r2", "--max-new-tokens", "3", "--no-stream"]
+    assert generate.main([*args, "--prompt", "Story"]) == 0
+    assert generate.main(args) == 0
+    capsys.readouterr()
+    assert generate.main([*args, "--prompt", "y\u00fcn"]) == 2
+    assert "found '\u00fc' (U+00FC) at character 1" in capsys.readouterr().err
+    Path("other.txt").write_text("Story \u00fc", encoding="utf-8")
+    words = ("--tokenizer", "a/tokenizer.json", "--out", "r3")
+    for found in (refused(capsys, 4, "other.txt", *words),
+                  (train.main([*SMALL, "--data", "other.txt", *words]), capsys.readouterr().err)[1]):  # fmt: skip
+        assert "other.txt: text: expected one of the 32 characters of a/tokenizer.json, found '\u00fc'" in found
+    assert train.main([*SMALL, "--tokenizer", "char", "--out", "r3"]) == 2
+    assert "--tokenizer char: expected a text in --data, found none" in capsys.readouterr().err
+    assert train.main([*SMALL, "--tokenizer", "char", "--data", "a", "--out", "r3"]) == 2
+    assert "--tokenizer char: expected a text in --data, found a" in capsys.readouterr().err
 
 
 # ---- a vocabulary of its own
@@ -174,10 +292,10 @@ def test_one_flag_from_a_text_to_a_model(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_run_keeps_its_tokenizer_json() -> None:
     pytest.importorskip("tokenizers", reason="the extra `tokenizers` is not installed")
-    from anellm import generate
-    from anellm.tokenizer_json import JsonTokenizer, _byte_alphabet
+    from anellm.byte_level import byte_alphabet
+    from anellm.tokenizer_json import JsonTokenizer
 
-    made = JsonTokenizer.from_bpe(["<|endoftext|>", *_byte_alphabet(), "he"], ["h e"], "gpt-2", eos_id=0)
+    made = JsonTokenizer.from_bpe(["<|endoftext|>", *byte_alphabet(), "he"], ["h e"], "gpt-2", eos_id=0)
     Path("tj").mkdir()
     for name, content in made.files().items():
         Path("tj", name).write_bytes(content)
@@ -245,8 +363,8 @@ def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     cases: dict[tuple[str, ...], tuple[int, str]] = {
         (): (2, "INPUTS: needed"),
         ("stories.txt",): (2, "--out: needed"),
-        ("absent.txt", "--out", "a"): (4, "absent.txt: expected a text or JSONL file, or a recipe (tinystories)"),
-        ("tinystorys", "--out", "a"): (4, "or a recipe (tinystories), found nothing"),
+        ("absent.txt", "--out", "a"): (4, "absent.txt: expected a text or JSONL file, or a recipe (tinyshakespeare"),
+        ("tinystorys", "--out", "a"): (4, "or a recipe (tinyshakespeare, tinystories), found nothing"),
         ("tok.bin", "--out", "a"): (4, "expected a name that ends in .txt, .jsonl, .ndjson"),
         ("empty.txt", "--tokenizer", "tok.bin", "--out", "a"): (4, "empty.txt: expected text, found none"),
         ("bad.jsonl", "--tokenizer", "tok.bin", "--out", "a"): (4, "bad.jsonl:2:text: expected a text, found a number"),
@@ -376,6 +494,21 @@ def test_download_and_prepare(serve: Callable[[bytes], Server], capsys: pytest.C
     run(*argv, "--out", "b", "--sha256", hashlib.sha256(server.data).hexdigest())
     assert server.ranges == [None]  # it was there
     assert "does not match" in refused(capsys, 4, *argv, "--out", "c", "--sha256", "0" * 64)
+
+
+def test_shakespeare_is_downloaded_and_its_hash_is_known(
+    serve: Callable[[bytes], Server], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = b"A:\nOne.\n\nB:\nTwo.\n"
+    server = serve(play)
+    server.breaks, server.break_after = 1, 8
+    argv = ("tinyshakespeare", "--download-dir", "cache", "--val-tokens", "0")
+    monkeypatch.setitem(prepare.URLS, "tinyshakespeare", server.url)
+    assert "does not match" in refused(capsys, 4, *argv, "--out", "a")  # not the text that the recipe is about
+    monkeypatch.setitem(prepare.SHA256, "tinyshakespeare", hashlib.sha256(play).hexdigest())
+    assert run(*argv, "--out", "a")["documents"] == 2
+    assert run(*argv, "--url", server.url + "?x=1", "--out", "b")["documents"] == 2  # another place says no hash
+    assert {p.name for p in Path("cache").iterdir()} == {"tinyshakespeare-stories.zip"}
 
 
 def test_it_goes_on_where_it_broke_off(serve: Callable[[bytes], Server]) -> None:

@@ -207,7 +207,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (with_values(CONFIG, num_hidden_layers=2**30), "num_hidden_layers: expected at most one a tensor"),
     (with_values(CONFIG, hidden_size="4"), "hidden_size"),
     (with_values(CONFIG, vocab_size=2**70), "vocab_size"),
-    (with_values(CONFIG, model_type="gpt2"), "model_type"),
+    (with_values(CONFIG, model_type="gpt_neo"), "model_type"),
     (with_text(CONFIG, "{"), "config.json"),
     (with_values(MANIFEST, format=2), "format: expected 1, found 2"),
     (with_values(MANIFEST, format=True), "format: expected 1, found True"),

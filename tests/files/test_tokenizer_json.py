@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anellm.byte_level import byte_alphabet
 from anellm.errors import DataError, InvalidError, UnavailableError
 from anellm.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer_file
-from anellm.tokenizer_json import _PRE_TOKENIZERS, JsonTokenizer, _byte_alphabet
+from anellm.tokenizer_json import _PRE_TOKENIZERS, JsonTokenizer
 
 pytest.importorskip("tokenizers", reason="the extra `tokenizers` is not installed: pip install 'anellm[tokenizers]'")
 
-ALPHABET = sorted(_byte_alphabet(), key=lambda char: (ord(char) >= 256, ord(char)))
+ALPHABET = sorted(byte_alphabet(), key=lambda char: (ord(char) >= 256, ord(char)))
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2", "< |", "| >", "Ġ Ġ", "Ċ Ċ"]
 TOKENS = ["<|endoftext|>", "<s>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES), "<tool>"]
 

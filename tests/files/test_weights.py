@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from modelfiles import GQA, QWEN, SMALL, Params, message, random_params, read, same
 
-from anellm import errors, weights, weights_hf, weights_llama2c
+from anellm import errors, floats, weights, weights_llama2c
 from anellm.config import ModelConfig
 
 # ---- llama2.c -----------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_hf_half_precision(tmp_path: Path, dtype: str) -> None:
 
 def test_hf_bfloat16_halves_to_even(tmp_path: Path) -> None:
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF808000, 0x00008000, 0x00000001], np.uint32)
-    out = np.frombuffer(weights_hf._encode("x", bits.view(np.float32), "BF16"), "<u2")
+    out = np.frombuffer(floats.encode("x", bits.view(np.float32), "BF16"), "<u2")
     assert [hex(v) for v in out] == ["0x3f80", "0x3f82", "0x3f81", "0xbf80", "0x0", "0x0"]
 
 

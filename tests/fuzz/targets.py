@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anellm import checkpoint, cli, metrics, safeio, weights
+from anellm import checkpoint, cli, debug_state, metrics, optimizer_state, safeio, tokenizer_llmc, weights
 from anellm import tokens as tokens_file
 from anellm.config import ModelConfig, TrainConfig
 from anellm.data import TokenDataset
@@ -32,13 +32,17 @@ from anellm.rundir import RunDirectory
 from anellm.state import TrainState
 from anellm.state_file import DATA_OFFSET, HEADER_BYTES, SLOT_BYTES, StateFile
 from anellm.tokenizer import Tokenizer, load_tokenizer_file
+from anellm.tokenizer_char import CharTokenizer
+from anellm.tokenizer_json import JsonTokenizer
 from anellm.trainer import Trainer
 from anellm.weights_hf import write_safetensors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "files"))
+import gpt2files
 import modelfiles
 
 SHAPE = ModelConfig(dim=4, hidden_dim=4, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=8, max_seq_len=4)
+GPT2 = ModelConfig(arch="gpt2", bias=True, dim=2, n_layers=1, n_heads=1, vocab_size=3, max_seq_len=4)
 DATA = TokenDataset(np.arange(40, dtype=np.uint16) % 8)
 VOCABULARY = 300
 CLAIMS = b'{"model.norm.weight":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
@@ -120,6 +124,61 @@ def blzt(data: bytes) -> None:
     read_model(path)
 
 
+def llmc(data: bytes) -> None:
+    path = folder() / "llmc.bin"
+    path.write_bytes(data)
+    read_model(path)
+
+
+@functools.cache
+def gpt2_folder() -> tuple[Path, dict[str, bytes]]:
+    path = folder() / "hf_gpt2"
+    weights.save_hf(path, GPT2, gpt2files.gpt2_params(GPT2))
+    return path, {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+def hf_gpt2(data: bytes) -> None:
+    """The first byte says which file of a GPT-2's directory the rest is."""
+    if not data:
+        return
+    path, originals = gpt2_folder()
+    name = sorted(originals)[data[0] % len(originals)]
+    (path / name).write_bytes(data[1:])
+    try:
+        read_model(path)
+    finally:
+        (path / name).write_bytes(originals[name])
+
+
+def debug(data: bytes) -> None:
+    path = folder() / "debug_state.bin"
+    path.write_bytes(data)
+    try:
+        found = debug_state.read(path, GPT2)
+    except AnellmError as error:
+        one_line(error, path)
+        return
+    assert found.tokens.max(initial=0) < GPT2.vocab_size
+    path = folder() / "debug_again.bin"
+    debug_state.write(path, found, GPT2, int.from_bytes(data[4:8], "little"))
+    again = debug_state.read(path, GPT2)
+    assert np.float32(again.loss) == np.float32(found.loss)
+    for name, array in found.grads.items():
+        assert np.array_equal(again.grads[name], array), name
+
+
+def optimizer(data: bytes) -> None:
+    path = folder() / "optimizer_state.bin"
+    path.write_bytes(data)
+    try:
+        found = optimizer_state.read(path, GPT2)
+    except AnellmError as error:
+        one_line(error, path)
+        return
+    assert all(np.isfinite(array).all() for array in found.moments_m.values())
+    assert all((array >= 0).all() for array in found.moments_v.values())
+
+
 def gguf(data: bytes) -> None:
     path = folder() / "x.gguf"
     path.write_bytes(data)
@@ -153,6 +212,18 @@ def sentencepiece(data: bytes) -> None:
 def tokenizer_json(data: bytes) -> None:
     path = folder() / "tokenizer.json"
     path.write_bytes(data)
+    read_tokenizer(path)
+
+
+def llmc_tokenizer(data: bytes) -> None:
+    path = folder() / "gpt2_tokenizer.bin"
+    path.write_bytes(data)
+    read_tokenizer(path)
+
+
+def merges(data: bytes) -> None:
+    path = folder() / "merges.txt"
+    path.write_bytes(b"#version: 0.2\n" + data)
     read_tokenizer(path)
 
 
@@ -324,10 +395,16 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "hf_index": hf_index,
     "llama2c": llama2c,
     "blzt": blzt,
+    "llmc": llmc,
+    "hf_gpt2": hf_gpt2,
+    "debug_state": debug,
+    "optimizer_state": optimizer,
     "gguf": gguf,
     "tokenizer": tokenizer,
     "sentencepiece": sentencepiece,
     "tokenizer_json": tokenizer_json,
+    "llmc_tokenizer": llmc_tokenizer,
+    "merges": merges,
     "jsonl": jsonl,
     "tokens": tokens,
     "toml": toml,
@@ -381,7 +458,21 @@ def seeds() -> dict[str, dict[str, bytes]]:
     lines = b"".join(safeio.json_bytes({"kind": "step", "step": n, "loss": 1.5}, None) for n in range(1, 6))
     qwen = {**SHAPE.to_hf(), "model_type": "qwen3", "rope_scaling": None, "rope_parameters": {"rope_type": "default"}}
     f32 = (made / "f32" / "model.safetensors").read_bytes()
+    small_gpt2 = gpt2files.gpt2_params(GPT2)
+    bpe = JsonTokenizer.from_merges("#version: 0.2\nh e\nl l\nhe ll\n")
     return {
+        "llmc": {
+            **{f"v{n}": gpt2files.llmc_bytes(GPT2, gpt2files.rough(small_gpt2), n, rows=4) for n in (1, 3, 5)},
+            "header": gpt2files.llmc_bytes(GPT2, small_gpt2, 3, rows=4)[:1024],
+        },
+        "hf_gpt2": {str(n) + name: bytes([n]) + data for n, (name, data) in enumerate(gpt2_folder()[1].items())},
+        "debug_state": {f"v{n}": gpt2files.state_bytes(GPT2, 1, version=n, rows=3) for n in (1, 2)},
+        "optimizer_state": {
+            "whole": gpt2files.optimizer_bytes(GPT2, master=False),
+            "shuffled": gpt2files.optimizer_bytes(GPT2, master=False, shuffle=True),
+        },
+        "llmc_tokenizer": {"small": tokenizer_llmc.to_bytes(bpe), "short": tokenizer_llmc.to_bytes(bpe)[:1100]},
+        "merges": {"small": b"h e\nl l\nhe ll\n", "twice": b"a b\na b\n", "odd": b"a  b\nab c d\n\xff\n"},
         "safetensors": {
             "f32": f32,
             "bf16": (made / "bf16" / "model.safetensors").read_bytes(),
@@ -408,7 +499,12 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "gguf": {"f32": (made / "m.gguf").read_bytes(), "empty": b"GGUF" + struct.pack("<IQQQ", 3, 0, 0, 0)},
         "tokenizer": {"small": small.to_bytes(), "short": b"\4\0\0\0" + b"\0" * 12},
         "sentencepiece": {"small": sentencepiece_model(small), "short": b"\n\5\n\3<s>"},
-        "tokenizer_json": {"bpe": TOKENIZER_JSON, "nested": b'{"a":' * 3000},
+        "tokenizer_json": {
+            "bpe": TOKENIZER_JSON,
+            "nested": b'{"a":' * 3000,
+            "gpt2": bpe.to_bytes(),
+            "characters": CharTokenizer("ab \n").to_bytes(),
+        },
         "jsonl": {"two": b'{"text": "one"}\n{"text": "two", "x": [1]}\n', "odd": b'{"text": 1}\n\xff\n{"t": {}}'},
         "tokens": {
             "u16": b"\6" + ids.astype("<u2").tobytes(),

@@ -244,7 +244,7 @@ def test_where_theta_may_stand(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type: expected one of llama, qwen3, found 'mistral'"),
+        ({"model_type": "mistral"}, "model_type: expected one of llama, qwen3, gpt2, found 'mistral'"),
         ({"model_type": None}, "model_type"),
         ({"attention_bias": True}, "attention_bias: expected false"),
         ({"mlp_bias": True}, "mlp_bias: expected false"),
