@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from anellm.activation_checkpoint import check_policy
 from anellm.device import DTYPES
