@@ -26,16 +26,19 @@ class SavedLayers:
 
     Attributes:
         n_layers: how many layers there are.
-        inputs: layers whose input is kept, ascending; the first is 0.
-        full: layers whose activations are kept, ascending.
+        inputs: layers whose input is kept, ascending; the first is 0. With several groups, those inside a group only
+            while it is at work.
+        full: layers whose activations are there when backward begins, ascending.
         buffer_layers: how many layers' activations are in memory at a time, at most. The kept ones lie where those of
             other layers are computed again later, so they count once.
+        starts: the first layer of each group, ascending; of one group (0,).
     """
 
     n_layers: int
     inputs: tuple[int, ...]
     full: tuple[int, ...]
     buffer_layers: int
+    starts: tuple[int, ...] = (0,)
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
@@ -43,17 +46,29 @@ class SavedLayers:
         return tuple(zip(self.inputs, (*self.inputs[1:], self.n_layers), strict=True))
 
     @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """Return (first layer, layer behind the last) of each group, ascending."""
+        return tuple(zip(self.starts, (*self.starts[1:], self.n_layers), strict=True))
+
+    @property
     def recomputed(self) -> tuple[int, ...]:
-        """Return the layers whose forward is computed again in backward, in that order; ``none`` repeats them."""
-        full = set(self.full)
+        """Return the layers whose forward is computed again in backward, in that order; some are repeatedly.
+
+        A group but the last goes forward again as a whole first; then the same holds in it as in the last one.
+        """
         again: list[int] = []
-        for start, end in reversed(self.segments):
-            layers = [layer for layer in range(start, end) if layer not in full]
-            if self.buffer_layers >= end - start:
-                again += layers
-            else:
-                for last in reversed(layers):
-                    again += range(start, last + 1)
+        for first, end in reversed(self.groups):
+            if end < self.n_layers:
+                again += range(first, end)
+            segments = [segment for segment in self.segments if first <= segment[0] < end]
+            if self.buffer_layers >= end - first:
+                continue
+            if len(segments) > 1:
+                for start, behind in reversed(segments[:-1]):
+                    again += range(start, behind)
+            else:  # room for less than the segment
+                for behind in range(end - 1, first, -1):
+                    again += range(first, behind)
         return tuple(again)
 
 
@@ -101,8 +116,9 @@ def saved_layers(n_layers: int, policy: str, boundaries: Sequence[int] = ()) -> 
     Args:
         n_layers: layers, at least 1.
         policy: one of the above.
-        boundaries: layers whose input is kept under every policy: the first of each group (PipelinePlan.boundaries),
-            since what is computed again must not need another group's programs.
+        boundaries: the first layer of each group (PipelinePlan.boundaries), where a process takes one group at a time:
+            its input is kept under every policy, and the policy holds inside the group at work, counted from its first
+            layer (``sqrt`` with the N of all layers). Of other groups nothing else is kept.
 
     Raises:
         ConfigError: naming what was expected and what was found.
@@ -115,15 +131,17 @@ def saved_layers(n_layers: int, policy: str, boundaries: Sequence[int] = ()) -> 
     for layer in boundaries:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < n_layers:
             raise ConfigError(f"boundary: expected a layer from 0 to {n_layers - 1}, found {layer!r}")
-    layers = tuple(range(n_layers))
-    if policy == "all":
-        return SavedLayers(n_layers, layers, layers, n_layers)
-    interval = every or {"none": n_layers, "sqrt": math.isqrt(n_layers), "boundary": 1}[policy]
-    inputs = tuple(sorted({*layers[::interval], *boundaries}))
-    if policy == "none":
-        return SavedLayers(n_layers, inputs, layers[-1:], 1)
-    longest = max(end - start for start, end in zip(inputs, (*inputs[1:], n_layers), strict=True))
-    return SavedLayers(n_layers, inputs, layers[inputs[-1] :], longest)
+    starts = tuple(sorted({0, *boundaries}))
+    groups = list(zip(starts, (*starts[1:], n_layers), strict=True))
+    interval = every or {"none": n_layers, "sqrt": math.isqrt(n_layers)}.get(policy, 1)
+    inputs = tuple(layer for first, end in groups for layer in range(first, end, interval))
+    if policy in ("all", "none"):
+        room = max(end - first for first, end in groups) if policy == "all" else 1
+        last = starts[-1] if policy == "all" else n_layers - 1
+    else:
+        room = max(end - start for start, end in zip(inputs, (*inputs[1:], n_layers), strict=True))
+        last = inputs[-1]
+    return SavedLayers(n_layers, inputs, tuple(range(last, n_layers)), room, starts)
 
 
 def checkpoint_interval(n_layers: int, policy: str) -> int:

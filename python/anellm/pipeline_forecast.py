@@ -54,8 +54,10 @@ class Workload:
             raise ConfigError(
                 f"n_layers: expected the model's {n}, found {self.plan.n_layers} in groups, {self.saved.n_layers} saved"
             )
-        if missing := set(self.plan.boundaries) - set(self.saved.inputs):
-            raise ConfigError(f"saved layers: expected the input of every group's first layer, found none of {missing}")
+        if self.saved.starts != tuple(self.plan.boundaries):
+            raise ConfigError(
+                f"saved layers: expected those of groups from layers {self.plan.boundaries}, found {self.saved.starts}"
+            )
 
     @property
     def rows(self) -> int:
@@ -75,10 +77,6 @@ class Workload:
         """
         found = ane_programs(self.config, self.batch_size, self.seq_len)
         return [program for program in found if program.used(training=True, softmax="ane")]
-
-    def in_flight(self, group: int) -> int:
-        """Return how many micro-batches have gone forward through a group, and not back, at most."""
-        return 1 if group == len(self.plan.groups) - 1 else self.accumulation
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -106,22 +104,18 @@ def memory_forecast(load: Workload) -> dict[str, int]:
     own = memory(config, load.batch_size, load.seq_len, training=True)
     layer = layer_bytes(config, load.batch_size, load.seq_len)
     stream = load.rows * config.dim * _FP32  # the residual stream of a micro-batch
-    kept = inputs = 0
-    for i, group in enumerate(groups):
-        inside = range(group.start, group.end)
-        if not saved.recomputed:
-            kept += load.in_flight(i) * group.n_layers * layer
-            continue
-        between = i > 0  # the first layer's input counts as a boundary
-        inputs += load.in_flight(i) * (sum(start in inside for start in saved.inputs) - between) * stream
+    longest = max(group.n_layers for group in groups)
+    whole = saved.buffer_layers >= longest
+    segments = max(sum(start in range(g.start, g.end) for start in saved.inputs) for g in groups)
     several = len(groups) > 1
     return {
         "weights": own.params_bytes,
         "gradients": own.grads_bytes,
         "AdamW moments": own.moments_bytes,
-        "activations kept for backward": kept,
-        "inputs of layers kept for backward": _aligned(inputs),
-        "activations of the segment at work": saved.buffer_layers * layer if saved.recomputed else 0,
+        # Of the group at work; nothing else of the others than their boundaries.
+        "activations kept for backward": longest * layer if whole else 0,
+        "inputs of layers kept for backward": 0 if whole else _aligned(segments * stream),
+        "activations of the segment at work": 0 if whole else saved.buffer_layers * layer,
         # Per micro-batch: the stream between groups, and the gradient that goes from one to the next.
         "boundary activations": load.accumulation * len(groups) * stream if several else 0,
         "classifier": own.activations_bytes - config.n_layers * layer,
