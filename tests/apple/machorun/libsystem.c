@@ -420,8 +420,8 @@ extern char __memcpy_chk[], __memset_chk[]; /* in glibc, but not in its headers 
 
 const struct binding machorun_libsystem[] = {
     /* Mathematical functions: the last bits of the results differ from Apple's, as between any two libraries. */
-    THE_SAME(atanf), THE_SAME(cos), THE_SAME(cosf), THE_SAME(erf), THE_SAME(exp), THE_SAME(exp2), THE_SAME(expf),
-    THE_SAME(frexpf), THE_SAME(ldexp), THE_SAME(ldexpf), THE_SAME(log), THE_SAME(log2), THE_SAME(logf), THE_SAME(pow),
+    THE_SAME(atanf), THE_SAME(cos), THE_SAME(cosf), THE_SAME(erf), THE_SAME(erfc), THE_SAME(exp), THE_SAME(exp2),
+    THE_SAME(expf), THE_SAME(frexpf), THE_SAME(ldexp), THE_SAME(ldexpf), THE_SAME(log), THE_SAME(log2), THE_SAME(logf), THE_SAME(pow),
     THE_SAME(sin), THE_SAME(sinf), THE_SAME(tanh), ADAPTED(ilogbf), LIBSYSTEM("___sincos_stret", macos_sincos),
     /* Memory and text: C's own, without a locale, a type or a constant of the system's in their interface.
      * posix_memalign answers with one of two errors, which are the same. qsort may leave equal elements in another
@@ -435,8 +435,8 @@ const struct binding machorun_libsystem[] = {
     LIBSYSTEM("___error", macos_error), ADAPTED(strerror),
     /* Files and the system. */
     THE_SAME(getpid),
-    LIBSYSTEM("_open", variadic_open), ADAPTED(close), ADAPTED(lseek), ADAPTED(mkdir), ADAPTED(flock), ADAPTED(mmap), ADAPTED(munmap),
-    ADAPTED(mprotect), ADAPTED(clock_gettime), ADAPTED(nanosleep), ADAPTED(sysconf), ADAPTED(sysctlbyname),
+    LIBSYSTEM("_open", variadic_open), ADAPTED(close), ADAPTED(lseek), ADAPTED(mkdir), ADAPTED(flock), ADAPTED(mmap),
+    ADAPTED(munmap), ADAPTED(mprotect), ADAPTED(clock_gettime), ADAPTED(nanosleep), ADAPTED(sysconf), ADAPTED(sysctlbyname),
     ADAPTED(dlopen), ADAPTED(dlerror), ADAPTED(dlsym),
     /* Threads. A pthread_t is 8 bytes on both. */
     THE_SAME(pthread_self), THE_SAME(pthread_equal), ADAPTED(pthread_create), ADAPTED(pthread_atfork),

@@ -27,7 +27,7 @@
  * table of them. */
 static int numbers[4] = {1, 2, 3, 4};
 int *third = &numbers[2];
-static const char *const words[] = {"zero", "one", "two", "three"};
+static const char *const words[] = {"zero", "one", "two", "three", "four", "five"};
 
 static volatile int initialised; /* volatile: clang runs what it can itself */
 __attribute__((constructor)) static void initialise(void) { initialised = 7; }
@@ -45,6 +45,7 @@ static volatile int zero = 0;
 static int pointers(void) {
     HOLDS(initialised == 7);
     HOLDS(*third == 3 && third == &numbers[2]);
+    for (int i = 0; i < 6; i++) HOLDS(words[zero + i][0] == "zottff"[i]); /* more in a row than a fixup may be left out */
     HOLDS(strcmp(words[zero + 3], "three") == 0 && strcmp(words[zero + 1], "one") == 0);
     return 0;
 }
