@@ -50,6 +50,7 @@ _LONGEST_MESSAGE = 2000  # characters: what a file holds may be longer
 # Verb -> (module, one line). `anellm VERB` imports the module and calls its main().
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("anellm.train", "train a model on text; with no arguments, a small one on the text that comes along"),
+    "sweep": ("anellm.sweep", "train with several learning rates, one after another, and draw their validation losses"),
     "evaluate": ("anellm.evaluate", "measure a model's loss and perplexity on text"),
     "generate": ("anellm.generate", "write text with a model"),
     "convert": ("anellm.convert", "write a model in another format, read it back and compare"),
