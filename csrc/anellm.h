@@ -244,6 +244,45 @@ int anellm_model_grad_norm(anellm_model *model, double *norm, int64_t *n_nonfini
 enum anellm_decay { ANELLM_DECAY_MATRICES = 0, ANELLM_DECAY_ALL = 1 };
 int anellm_model_adamw(anellm_model *model, const anellm_adamw_params *p, int decay);
 
+/* ---- a step in ranges of layers, in memory that a file can hold (model/stages.c; docs/pipeline.md) ---------------- */
+/* Layers fall into groups that begin at `starts` (n_groups, ascending, the first 0). A step takes n_micro micro-batches
+ * (B, T) of tokens through one group after the other, and back. What goes from group to group, the residual stream and
+ * its gradient, is kept for each micro-batch; so a step can stop between any two calls, and another process that maps the
+ * same file goes on. Losses and gradients are those of anellm_model_forward and _backward, bit for bit on the CPU,
+ * with one exception: of a tied embedding with several micro-batches the gradients of its rows are added behind those of
+ * the classifier of all micro-batches, which is another order. They do not depend on the groups. */
+enum { ANELLM_STATE_SECTIONS = 8 };
+typedef struct {
+    /* In bytes: parameters, gradients, first and second moments, boundary activations (n_groups - 1, n_micro, N, dim),
+     * boundary gradients (n_micro, N, dim), tokens and targets (n_micro, 2, N), progress and loss of each micro-batch.
+     * Offsets are multiples of 16 KiB. */
+    int64_t offset[8], bytes[8];
+    int64_t total_bytes;
+} anellm_state_layout;
+int anellm_state_sizes(anellm_state_layout *layout, const anellm_config *config, int64_t B, int64_t T, int64_t n_micro,
+                       int64_t n_groups);
+/* Let a file, open for reading and writing, be the memory of parameters, gradients and moments, which stay where they
+ * are for those who have their addresses: from byte `offset` on, a multiple of 16 KiB. load == 0: the file takes over
+ * what the memory holds; 1: the other way round. The descriptor can be closed then. Training is enabled. */
+int anellm_model_share(anellm_model *model, int fd, int64_t offset, int load);
+/* Begin with steps of such groups. fd >= 0: what lies between them is kept in the file as well, behind the moments (the
+ * same `offset`), and what it holds counts; -1: in memory, empty. */
+int anellm_stage_begin(anellm_model *model, int64_t B, int64_t T, int64_t n_micro, const int32_t *starts,
+                       int64_t n_groups, int fd, int64_t offset);
+void anellm_stage_end(anellm_model *model);
+/* on != 0: a forward that is not for training computes on the CPU, whatever the model is attached to. */
+int anellm_model_infer_on_cpu(anellm_model *model, int on);
+/* Tokens and targets (B*T) of a micro-batch; it begins anew. */
+int anellm_stage_batch(anellm_model *model, int64_t micro, const int32_t *tokens, const int32_t *targets);
+/* Take a micro-batch through the group of layers first to last - 1; behind the last layer is its loss. It may be
+ * repeated. INVALID where the group is none, or the micro-batch has not come to it. */
+int anellm_stage_forward(anellm_model *model, int64_t micro, int64_t first, int64_t last);
+/* And back: gradients of scale * loss. What forward kept is computed again unless it was the last one to be called.
+ * Groups descend, and micro-batches ascend in a group; the last one's way through the first group ends with the
+ * embedding's gradients of all. After an error inside the group the micro-batch must begin anew. */
+int anellm_stage_backward(anellm_model *model, int64_t micro, int64_t first, int64_t last, double scale, int accumulate);
+int anellm_stage_loss(anellm_model *model, int64_t micro, double *loss); /* INVALID before it is known */
+
 /* Compressed copies of the matrices that decode multiplies by (a tied embedding is one of them, and is then looked up
  * in its copy; an untied one stays fp32). They are renewed before the next decode when the weights have changed. With
  * release != 0 the fp32 originals go back to the system: from then on only decode works, the rest answers INVALID, and

@@ -76,7 +76,7 @@ struct anellm_step {
     int64_t B, T;                             /* N = B * T */
     const float *rope_cos, *rope_sin;         /* (T, head_dim / 2); NULL where there is no RoPE */
     const struct anellm_workspace *workspace;
-    int64_t layer;                            /* of the attention or mlp block; forward starts at 0 */
+    int64_t layer;                            /* of the attention or mlp block; forward starts at 0, or at a group's */
     int training;                             /* forward: backward will follow */
     int again;                                /* forward: of a layer inside a backward, for what was not kept */
     int accumulate;                           /* backward: add to the gradients of matrices */

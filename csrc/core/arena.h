@@ -12,8 +12,7 @@ enum {
 };
 
 /* Sections lie one behind the other, in order, so that a walk over all of them is one span. Address space is reserved
- * for all of them at once; memory is taken section by section. (Backing the span by a file instead of anonymous pages
- * changes create() alone.) */
+ * for all of them at once; memory is taken section by section, or all of it is that of a file. */
 struct anellm_arena {
     char *base;
     size_t reserved_bytes;
@@ -26,6 +25,14 @@ int anellm_arena_create(struct anellm_arena *arena, const size_t *section_bytes,
 int anellm_arena_commit(struct anellm_arena *arena, int section);
 void *anellm_arena_section(const struct anellm_arena *arena, int section); /* NULL until committed */
 void anellm_arena_destroy(struct anellm_arena *arena);
+size_t anellm_arena_align(size_t bytes); /* up to ANELLM_ARENA_ALIGN */
+
+/* Let a file be the memory of all sections, at the addresses they have: its bytes from `offset` on. load == 0: the
+ * committed sections are copied into it first. On failure memory is as it was. */
+int anellm_arena_share(struct anellm_arena *arena, int fd, int64_t offset, int load);
+/* Map a part of a file, shared with all who do. INVALID when the file is shorter, or offset no multiple of the
+ * alignment. Unmapped with munmap. */
+int anellm_map_file(void **base, size_t bytes, int fd, int64_t offset);
 
 /* One anonymous block that only grows. Growing loses its contents. On failure the block is empty. */
 struct anellm_block {

@@ -18,6 +18,7 @@ static int attach(anellm_model *model, anellm_ane *device, const anellm_ane_opti
     model->backend->close(model->backend_state);
     model->backend = device != NULL ? &anellm_backend_ane : &anellm_backend_cpu;
     model->backend_state = engine;
+    anellm_stages_forget(model);
     model->backward_ready = 0; /* what forward kept is in the other backend's form */
     return ANELLM_OK;
 }
@@ -155,6 +156,7 @@ int anellm_model_ane_exponents(anellm_model *model, int32_t *exponents, int64_t 
         }
         if (status == ANELLM_OK) {
             engine->generation++;      /* staged weights carry the old ones */
+            anellm_stages_forget(model);
             model->backward_ready = 0;
         }
     }

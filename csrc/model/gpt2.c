@@ -140,6 +140,18 @@ static int gpt2_backward(anellm_model *model, const int32_t *tokens, const int32
     return anellm_arch_llama.backward(model, tokens, targets, scale, accumulate);
 }
 
+static int gpt2_range_forward(anellm_model *model, const struct anellm_range *range) {
+    return anellm_arch_llama.range_forward(model, range);
+}
+
+static int gpt2_range_backward(anellm_model *model, const struct anellm_range *range, float scale, int accumulate) {
+    return anellm_arch_llama.range_backward(model, range, scale, accumulate);
+}
+
+static int gpt2_embedding_backward(anellm_model *model, const float *dx, const int32_t *tokens) {
+    return anellm_arch_llama.embedding_backward(model, dx, tokens);
+}
+
 /* ---- decoding with a cache -------------------------------------------------------------------------------------- */
 
 /* The matrices that decode reads: the classifier, which is the token table without its padding, then those of each
@@ -214,6 +226,9 @@ const struct anellm_architecture anellm_arch_gpt2 = {.n_tensors = gpt2_n_tensors
                                                      .init_scale = gpt2_init_scale,
                                                      .forward = gpt2_forward,
                                                      .backward = gpt2_backward,
+                                                     .range_forward = gpt2_range_forward,
+                                                     .range_backward = gpt2_range_backward,
+                                                     .embedding_backward = gpt2_embedding_backward,
                                                      .n_matrices = gpt2_n_matrices,
                                                      .matrix = gpt2_matrix,
                                                      .decode = gpt2_decode,

@@ -149,7 +149,7 @@ static int embed(float *x, const anellm_model *model, const int32_t *tokens) {
     return anellm_bias_forward(x, length, x, length, table + anellm_table_rows(c) * c->dim, model->B, length);
 }
 
-static int embed_backward(const anellm_model *model, const float *dx, const int32_t *tokens) {
+static int llama_embedding_backward(anellm_model *model, const float *dx, const int32_t *tokens) {
     const anellm_config *c = &model->config;
     float *grads = anellm_model_section(model, ANELLM_SECTION_GRADS);
     const int64_t length = model->T * c->dim;
@@ -173,6 +173,7 @@ struct plan {
     struct anellm_layer_saved layers; /* of slot 0; slot i lies i * slot_stride floats further */
     int64_t slot_stride, n_slots;     /* layer l of a segment uses slot l % interval % n_slots */
     int64_t interval;                 /* layers of a segment; n_layers: there is one */
+    int64_t first;                    /* the layer that the first slot or segment is of */
     float *segment_x;                 /* (segments, N, dim) input of each segment's first layer; NULL: all in the slots */
     int64_t n_x;                      /* N * dim */
     float *last_x;                    /* (N, dim) output of the last layer */
@@ -201,6 +202,7 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     const int training = keep->training, dtype = keep->dtype;
     const int64_t N = B * T, dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c);
     const int64_t gate_up = anellm_gate_up_dim(c);
+    const int64_t n_layers = keep->layers > 0 ? keep->layers : c->n_layers;
     memset(plan, 0, sizeof *plan);
     int64_t at = 0;
     struct anellm_layer_saved *s = &plan->layers;
@@ -227,14 +229,14 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
         s->gate_up = carve(base, &at, N * gate_up);
     plan->n_x = N * dim;
     plan->n_slots = 1;
-    plan->interval = c->n_layers;
+    plan->interval = n_layers;
     if (training) {
         plan->slot_stride = at / (int64_t)sizeof(float);
-        if (keep->checkpoint > 0) plan->interval = min64(keep->checkpoint, c->n_layers);
+        if (keep->checkpoint > 0) plan->interval = min64(keep->checkpoint, n_layers);
         if (keep->checkpoint != ANELLM_CHECKPOINT_NONE) plan->n_slots = plan->interval;
         at *= plan->n_slots;
-        const int64_t segments = (c->n_layers + plan->interval - 1) / plan->interval;
-        if (plan->n_slots < c->n_layers) plan->segment_x = carve(base, &at, segments * plan->n_x);
+        const int64_t segments = (n_layers + plan->interval - 1) / plan->interval;
+        if (plan->n_slots < n_layers) plan->segment_x = carve(base, &at, segments * plan->n_x);
         plan->last_x = carve(base, &at, plan->n_x);
     } else {
         plan->last_x = s->x;
@@ -262,14 +264,15 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
 
 static struct anellm_layer_saved layer_saved(const struct plan *plan, int64_t layer) {
     struct anellm_layer_saved s = plan->layers;
-    const int64_t shift = layer % plan->interval % plan->n_slots * plan->slot_stride;
+    const int64_t index = layer - plan->first;
+    const int64_t shift = index % plan->interval % plan->n_slots * plan->slot_stride;
     float **const taps[] = {&s.x, &s.attn_rstd, &s.qk_raw, &s.qk_rstd, &s.qkv, &s.lse, &s.attn, &s.mid, &s.mlp_rstd,
                             &s.gate_up,   &s.attn_mean, &s.mlp_mean};
     for (size_t i = 0; i < sizeof taps / sizeof taps[0]; ++i)
         if (*taps[i] != NULL) *taps[i] += shift;
     if (s.gate_up_bf16 != NULL) s.gate_up_bf16 += 2 * shift;
-    if (plan->segment_x != NULL && layer % plan->interval == 0)
-        s.x = plan->segment_x + layer / plan->interval * plan->n_x;
+    if (plan->segment_x != NULL && index % plan->interval == 0)
+        s.x = plan->segment_x + index / plan->interval * plan->n_x;
     return s;
 }
 
@@ -329,42 +332,54 @@ static int recompute(const anellm_model *model, struct anellm_step *step, const 
     return ANELLM_OK;
 }
 
-static int llama_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
-                         const int32_t *targets, int training) {
-    const anellm_config *c = &model->config;
-    const struct anellm_backend *backend = model->backend;
-    float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
-    struct plan plan;
-    const struct anellm_keep keep = anellm_model_keep(model, training);
-    make_plan(&plan, model->activations.base, c, model->B, model->T, &keep);
-    struct anellm_step step = make_step(model, &plan);
+/* The taps' first layer has its input; out gets what comes out of layer last - 1. */
+static int forward_layers(const anellm_model *model, struct anellm_step *step, const struct plan *plan, int64_t last,
+                          float *out) {
+    for (int64_t layer = plan->first; layer < last; ++layer)
+        ANELLM_TRY(layer_forward(model, step, plan, layer, layer + 1 < last ? NULL : out));
+    return ANELLM_OK;
+}
 
-    ANELLM_TRY(embed(layer_saved(&plan, 0).x, model, tokens));
-    for (int64_t layer = 0; layer < c->n_layers; ++layer)
-        ANELLM_TRY(layer_forward(model, &step, &plan, layer, layer + 1 < c->n_layers ? NULL : plan.last_x));
-    struct anellm_head_weights head = head_weights(c, params);
+static int head_forward(anellm_model *model, struct anellm_step step, const struct plan *plan, float *losses,
+                        float *logits, const int32_t *tokens, const int32_t *targets) {
+    const int64_t N = step.B * step.T;
+    struct anellm_head_weights head =
+        head_weights(&model->config, anellm_model_section(model, ANELLM_SECTION_PARAMS));
     const int compact = model->vocab.n > 0 && targets != NULL && logits == NULL;
     const int32_t *columns = targets;
     if (compact) {
-        ANELLM_TRY(anellm_vocab_prepare(model, &columns, tokens, targets, model->B * model->T, training));
+        ANELLM_TRY(anellm_vocab_prepare(model, &columns, tokens, targets, N, step.training));
         use_compact_vocab(&step, &head, model);
     }
-    ANELLM_TRY(backend->classifier_forward(model->backend_state, &step, losses, logits, columns, &head, &plan.head));
+    ANELLM_TRY(model->backend->classifier_forward(model->backend_state, &step, losses, logits, columns, &head,
+                                                  &plan->head));
     /* One of the others is that much less likely than all of them together. */
-    for (int64_t i = 0; compact && i < model->B * model->T; ++i)
+    for (int64_t i = 0; compact && i < N; ++i)
         if (columns[i] == model->vocab.n) losses[i] += step.other_bias;
     return ANELLM_OK;
 }
 
-/* Vector gradients are always added to, and so is the embedding's: they start from zero. Matrix gradients are
- * overwritten by the first matmul that reaches them. */
+static int llama_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
+                         const int32_t *targets, int training) {
+    const anellm_config *c = &model->config;
+    struct plan plan;
+    const struct anellm_keep keep = anellm_model_keep(model, training);
+    make_plan(&plan, model->activations.base, c, model->B, model->T, &keep);
+    struct anellm_step step = make_step(model, &plan);
+    ANELLM_TRY(embed(layer_saved(&plan, 0).x, model, tokens));
+    ANELLM_TRY(forward_layers(model, &step, &plan, c->n_layers, plan.last_x));
+    return head_forward(model, step, &plan, losses, logits, tokens, targets);
+}
+
 static void zero(float *p, int64_t n) {
     if (p != NULL) memset(p, 0, (size_t)n * sizeof *p);
 }
 
-static void zero_added_gradients(const anellm_config *c, float *grads) {
+/* Of layers first to last - 1, and behind the last layer of the head. Vector gradients are always added to, and so is
+ * the embedding's: they start from zero. Matrix gradients are overwritten by the first matmul that reaches them. */
+static void zero_added_gradients(const anellm_config *c, float *grads, int64_t first, int64_t last) {
     const int64_t dim = c->dim, vocab = c->vocab_size;
-    for (int64_t layer = 0; layer < c->n_layers; ++layer) {
+    for (int64_t layer = first; layer < last; ++layer) {
         const struct anellm_layer_weights dw = layer_weights(c, grads, layer);
         zero(dw.attn_norm, dim);
         zero(dw.attn_norm_bias, dim);
@@ -377,6 +392,7 @@ static void zero_added_gradients(const anellm_config *c, float *grads) {
         zero(dw.gate_up_bias, anellm_gate_up_dim(c));
         zero(dw.down_bias, dim);
     }
+    if (last < c->n_layers) return;
     zero(head_weights(c, grads).norm, dim);
     zero(head_weights(c, grads).norm_bias, dim);
     if (!c->tie_embeddings) zero(grads, vocab * dim);
@@ -384,47 +400,98 @@ static void zero_added_gradients(const anellm_config *c, float *grads) {
     zero(grads + vocab * dim, (anellm_table_rows(c) - vocab + c->max_seq_len) * dim); /* padding, then positions */
 }
 
-static int llama_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
-                          int accumulate) {
+static int head_backward(anellm_model *model, struct anellm_step step, const struct plan *plan, float *dx,
+                         const int32_t *targets, float scale) {
+    const struct anellm_backend *backend = model->backend;
+    const int accumulate = step.accumulate;
+    struct anellm_head_weights head =
+        head_weights(&model->config, anellm_model_section(model, ANELLM_SECTION_PARAMS));
+    struct anellm_head_weights dhead =
+        head_weights(&model->config, anellm_model_section(model, ANELLM_SECTION_GRADS));
+    if (model->vocab.n == 0)
+        return backend->classifier_backward(model->backend_state, &step, dx, &dhead, targets, scale, &head,
+                                            &plan->head);
+    use_compact_vocab(&step, &head, model);
+    step.accumulate = 0;
+    dhead.classifier = anellm_vocab_grads(model);
+    ANELLM_TRY(backend->classifier_backward(model->backend_state, &step, dx, &dhead, model->vocab.targets.base, scale,
+                                            &head, &plan->head));
+    anellm_vocab_spread(model, accumulate);
+    return ANELLM_OK;
+}
+
+/* dx (N, dim): of what comes out of layer last - 1 to what goes into the taps' first layer. */
+static int backward_layers(const anellm_model *model, struct anellm_step *step, const struct plan *plan, int64_t last,
+                           float *dx) {
     const anellm_config *c = &model->config;
     const struct anellm_backend *backend = model->backend;
     float *params = anellm_model_section(model, ANELLM_SECTION_PARAMS);
     float *grads = anellm_model_section(model, ANELLM_SECTION_GRADS);
+    const int64_t first = plan->first, newest = last - 1 - first;
+    /* Forward has left the taps of the last segment, or of its last layer. */
+    int64_t there = first + (plan->n_slots < plan->interval ? newest : newest / plan->interval * plan->interval);
+    for (int64_t layer = last - 1; layer >= first; --layer) {
+        if (layer < there) {
+            const int64_t start = first + (layer - first) / plan->interval * plan->interval;
+            ANELLM_TRY(recompute(model, step, plan, start, layer));
+            there = plan->n_slots < plan->interval ? layer : start;
+        }
+        const struct anellm_layer_weights w = layer_weights(c, params, layer), dw = layer_weights(c, grads, layer);
+        const struct anellm_layer_saved saved = layer_saved(plan, layer);
+        step->layer = layer;
+        ANELLM_TRY(backend->mlp_backward(model->backend_state, step, dx, &dw, &w, &saved));
+        ANELLM_TRY(backend->attention_backward(model->backend_state, step, dx, &dw, &w, &saved));
+    }
+    return ANELLM_OK;
+}
+
+static int llama_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
+                          int accumulate) {
+    const anellm_config *c = &model->config;
     struct plan plan;
     const struct anellm_keep keep = anellm_model_keep(model, 1);
     make_plan(&plan, model->activations.base, c, model->B, model->T, &keep);
     struct anellm_step step = make_step(model, &plan);
     step.accumulate = accumulate;
-    if (!accumulate) zero_added_gradients(c, grads);
+    if (!accumulate) zero_added_gradients(c, anellm_model_section(model, ANELLM_SECTION_GRADS), 0, c->n_layers);
+    ANELLM_TRY(head_backward(model, step, &plan, plan.dx, targets, scale));
+    ANELLM_TRY(backward_layers(model, &step, &plan, c->n_layers, plan.dx));
+    return llama_embedding_backward(model, plan.dx, tokens);
+}
 
-    struct anellm_head_weights head = head_weights(c, params), dhead = head_weights(c, grads);
-    if (model->vocab.n > 0) {
-        struct anellm_step compact = step;
-        use_compact_vocab(&compact, &head, model);
-        compact.accumulate = 0;
-        dhead.classifier = anellm_vocab_grads(model);
-        ANELLM_TRY(backend->classifier_backward(model->backend_state, &compact, plan.dx, &dhead,
-                                                model->vocab.targets.base, scale, &head, &plan.head));
-        anellm_vocab_spread(model, accumulate);
-    } else {
-        ANELLM_TRY(backend->classifier_backward(model->backend_state, &step, plan.dx, &dhead, targets, scale, &head,
-                                                &plan.head));
-    }
-    /* Forward has left the taps of the last segment, or of its last layer. */
-    int64_t there = plan.n_slots < plan.interval ? c->n_layers - 1 : (c->n_layers - 1) / plan.interval * plan.interval;
-    for (int64_t layer = c->n_layers - 1; layer >= 0; --layer) {
-        if (layer < there) {
-            const int64_t first = layer / plan.interval * plan.interval;
-            ANELLM_TRY(recompute(model, &step, &plan, first, layer));
-            there = plan.n_slots < plan.interval ? layer : first;
-        }
-        const struct anellm_layer_weights w = layer_weights(c, params, layer), dw = layer_weights(c, grads, layer);
-        const struct anellm_layer_saved saved = layer_saved(&plan, layer);
-        step.layer = layer;
-        ANELLM_TRY(backend->mlp_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
-        ANELLM_TRY(backend->attention_backward(model->backend_state, &step, plan.dx, &dw, &w, &saved));
-    }
-    return embed_backward(model, plan.dx, tokens);
+/* ---- a range of layers at a time: stages.c ------------------------------------------------------------------------- */
+
+static struct anellm_step stage_plan(struct plan *plan, const anellm_model *model, const struct anellm_range *range) {
+    struct anellm_keep keep = anellm_model_keep(model, 1);
+    keep.layers = range->max_layers;
+    make_plan(plan, model->activations.base, &model->config, model->B, model->T, &keep);
+    plan->first = range->first;
+    return make_step(model, plan);
+}
+
+static int llama_range_forward(anellm_model *model, const struct anellm_range *range) {
+    const anellm_config *c = &model->config;
+    struct plan plan;
+    struct anellm_step step = stage_plan(&plan, model, range);
+    float *x = layer_saved(&plan, range->first).x;
+    if (range->first == 0)
+        ANELLM_TRY(embed(x, model, range->tokens));
+    else
+        memcpy(x, range->x, (size_t)plan.n_x * sizeof(float));
+    ANELLM_TRY(forward_layers(model, &step, &plan, range->last, range->out == NULL ? plan.last_x : range->out));
+    if (range->last < c->n_layers) return ANELLM_OK;
+    return head_forward(model, step, &plan, range->losses, NULL, range->tokens, range->targets);
+}
+
+static int llama_range_backward(anellm_model *model, const struct anellm_range *range, float scale, int accumulate) {
+    const anellm_config *c = &model->config;
+    struct plan plan;
+    struct anellm_step step = stage_plan(&plan, model, range);
+    step.accumulate = accumulate;
+    if (!accumulate)
+        zero_added_gradients(c, anellm_model_section(model, ANELLM_SECTION_GRADS), range->first, range->last);
+    if (range->last == c->n_layers) ANELLM_TRY(head_backward(model, step, &plan, range->dx, range->targets, scale));
+    return backward_layers(model, &step, &plan, range->last, range->dx);
 }
 
 /* ---- decoding with a cache ---------------------------------------------------------------------------------------- */
@@ -508,6 +575,9 @@ const struct anellm_architecture anellm_arch_llama = {.n_tensors = llama_n_tenso
                                               .init_scale = llama_init_scale,
                                               .forward = llama_forward,
                                               .backward = llama_backward,
+                                              .range_forward = llama_range_forward,
+                                              .range_backward = llama_range_backward,
+                                              .embedding_backward = llama_embedding_backward,
                                               .n_matrices = llama_n_matrices,
                                               .matrix = llama_matrix,
                                               .decode = llama_decode,

@@ -30,6 +30,7 @@ void anellm_model_release(anellm_model *model) { atomic_store(&model->busy, 0); 
 static int weights_changed(anellm_model *model) {
     model->compressed.stale = 1;
     model->vocab.stale = 1;
+    anellm_stages_forget(model);
     return model->backend->weights_changed(model->backend_state);
 }
 
@@ -57,7 +58,7 @@ int anellm_params_info(anellm_tensor_info *info, const anellm_config *config, in
     return ANELLM_OK;
 }
 
-static int check_batch(const char *function, const anellm_config *config, int64_t B, int64_t T) {
+int anellm_model_check_batch(const char *function, const anellm_config *config, int64_t B, int64_t T) {
     if (T < 1 || T > config->max_seq_len)
         return anellm_fail_in(function, ANELLM_INVALID, "T = %lld, must be 1..%d (max_seq_len)", (long long)T,
                               config->max_seq_len);
@@ -81,7 +82,7 @@ int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t
                    dtype);
     ANELLM_TRY(check_checkpoint(__func__, checkpoint));
     ANELLM_TRY(anellm_params_count(NULL, &n_floats, config));
-    ANELLM_TRY(check_batch(__func__, config, B, T));
+    ANELLM_TRY(anellm_model_check_batch(__func__, config, B, T));
     memset(info, 0, sizeof *info);
     info->params_bytes = n_floats * (int64_t)sizeof(float);
     if (training) {
@@ -112,6 +113,7 @@ int anellm_model_create(anellm_model **model, const anellm_config *config, const
     created->backend = backend;
     created->n_tensors = n_tensors;
     created->n_floats = n_floats;
+    created->stages.taps_micro = -1;
     atomic_init(&created->busy, 0);
     size_t section_bytes[ANELLM_N_SECTIONS];
     for (int i = 0; i < ANELLM_N_SECTIONS; ++i) section_bytes[i] = (size_t)n_floats * sizeof(float);
@@ -130,6 +132,7 @@ int anellm_model_create(anellm_model **model, const anellm_config *config, const
 void anellm_model_free(anellm_model *model) {
     if (model == NULL) return;
     model->backend->close(model->backend_state);
+    anellm_stages_free(&model->stages);
     anellm_compressed_free(&model->compressed);
     anellm_vocab_free(&model->vocab);
     anellm_block_release(&model->activations);
@@ -147,6 +150,7 @@ int anellm_model_set_dtype(anellm_model *model, int dtype) {
         anellm_model_release(model);
         return anellm_fail_in(__func__, ANELLM_UNSUPPORTED, "dtype bf16 is for models that compute on the CPU");
     }
+    if (model->dtype != dtype) anellm_stages_forget(model);
     if (model->dtype != dtype) model->backward_ready = 0; /* backward may need activations in another form */
     model->dtype = dtype;
     anellm_model_release(model);
@@ -156,6 +160,7 @@ int anellm_model_set_dtype(anellm_model *model, int dtype) {
 int anellm_model_set_checkpoint(anellm_model *model, int checkpoint) {
     ANELLM_TRY(check_checkpoint(__func__, checkpoint));
     ANELLM_TRY(anellm_model_take(model, __func__));
+    if (model->checkpoint != checkpoint) anellm_stages_forget(model);
     if (model->checkpoint != checkpoint) model->backward_ready = 0; /* backward would look for other activations */
     model->checkpoint = checkpoint;
     anellm_model_release(model);
@@ -258,14 +263,32 @@ static float *batch_losses(const anellm_model *model) {
     return (float *)(void *)(batch_targets(model) + model->B * model->T);
 }
 
-static int reserve_step(anellm_model *model, int64_t B, int64_t T, int training) {
+float *anellm_model_token_losses(const anellm_model *model) { return batch_losses(model); }
+
+int anellm_model_reserve_step(anellm_model *model, int64_t B, int64_t T, int training, int64_t layers) {
     int64_t kept = 0, scratch = 0;
-    const struct anellm_keep keep = anellm_model_keep(model, training);
+    struct anellm_keep keep = anellm_model_keep(model, training);
+    keep.layers = layers;
     model->arch->activations(&kept, &scratch, &model->config, B, T, &keep);
     ANELLM_TRY(anellm_block_reserve(&model->activations, (size_t)(kept + scratch)));
     ANELLM_TRY(anellm_block_reserve(&model->batch, (size_t)(B * T) * (2 * sizeof(int32_t) + sizeof(float))));
     ANELLM_TRY(anellm_model_reserve_rope(model, T));
-    return training ? enable_training(model) : ANELLM_OK;
+    if (training) ANELLM_TRY(enable_training(model));
+    model->B = B;
+    model->T = T;
+    return ANELLM_OK;
+}
+
+/* One thread, in order, in double: the same sum whatever the number of threads. */
+double anellm_mean_loss(int64_t *n_targets, const float *losses, const int32_t *targets, int64_t N) {
+    double sum = 0.0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < N; ++i) {
+        sum += (double)losses[i];
+        count += targets[i] != ANELLM_IGNORE_INDEX;
+    }
+    *n_targets = count;
+    return count > 0 ? sum / (double)count : 0.0;
 }
 
 static int forward(anellm_model *model, double *loss, int64_t *n_targets, float *token_losses, float *logits,
@@ -273,16 +296,15 @@ static int forward(anellm_model *model, double *loss, int64_t *n_targets, float 
     const anellm_config *c = &model->config;
     const int64_t N = B * T;
     ANELLM_TRY(anellm_model_require_weights(model, __func__));
-    ANELLM_TRY(check_batch(__func__, c, B, T));
+    ANELLM_TRY(anellm_model_check_batch(__func__, c, B, T));
     ANELLM_TRY(anellm_check_ids("tokens", tokens, N, c->vocab_size, 0));
     if (targets != NULL) ANELLM_TRY(anellm_check_ids("targets", targets, N, c->vocab_size, ANELLM_IGNORE_INDEX));
     if (training && logits != NULL && model->vocab.n > 0)
         return anellm_fail_in(__func__, ANELLM_INVALID, "with a compact vocabulary a training forward gives no logits");
     ANELLM_TRY(model->backend->supports(c, B, T));
     model->backward_ready = 0;
-    ANELLM_TRY(reserve_step(model, B, T, training));
-    model->B = B;
-    model->T = T;
+    anellm_stages_forget(model);
+    ANELLM_TRY(anellm_model_reserve_step(model, B, T, training, 0));
     memcpy(batch_tokens(model), tokens, (size_t)N * sizeof *tokens);
     if (targets != NULL) memcpy(batch_targets(model), targets, (size_t)N * sizeof *targets);
     float *losses = batch_losses(model);
@@ -290,14 +312,9 @@ static int forward(anellm_model *model, double *loss, int64_t *n_targets, float 
                                     targets == NULL ? NULL : batch_targets(model), training));
     if (targets == NULL) return ANELLM_OK;
 
-    /* One thread, in order, in double: the same sum whatever the number of threads. */
-    double sum = 0.0;
     int64_t count = 0;
-    for (int64_t i = 0; i < N; ++i) {
-        sum += (double)losses[i];
-        count += targets[i] != ANELLM_IGNORE_INDEX;
-    }
-    if (loss != NULL) *loss = count > 0 ? sum / (double)count : 0.0;
+    const double mean = anellm_mean_loss(&count, losses, targets, N);
+    if (loss != NULL) *loss = mean;
     if (n_targets != NULL) *n_targets = count;
     if (token_losses != NULL) memcpy(token_losses, losses, (size_t)N * sizeof *losses);
     model->n_targets = count;
@@ -312,9 +329,24 @@ int anellm_model_forward(anellm_model *model, double *loss, int64_t *n_targets, 
     ANELLM_REQUIRE(targets != NULL || (loss == NULL && n_targets == NULL && token_losses == NULL),
                    "a loss is asked for, but targets is NULL");
     ANELLM_TRY(anellm_model_take(model, __func__));
+    const struct anellm_backend *backend = model->backend;
+    void *state = model->backend_state;
+    if (!training && model->infer_on_cpu) {
+        model->backend = &anellm_backend_cpu;
+        model->backend_state = NULL;
+    }
     const int status = forward(model, loss, n_targets, token_losses, logits, tokens, targets, B, T, training != 0);
+    model->backend = backend;
+    model->backend_state = state;
     anellm_model_release(model);
     return status;
+}
+
+int anellm_model_infer_on_cpu(anellm_model *model, int on) {
+    ANELLM_TRY(anellm_model_take(model, __func__));
+    model->infer_on_cpu = on != 0;
+    anellm_model_release(model);
+    return ANELLM_OK;
 }
 
 int anellm_model_backward(anellm_model *model, double scale, int accumulate) {
@@ -398,6 +430,7 @@ static int adamw(anellm_model *model, const anellm_adamw_params *p, int decay) {
         start = end;
     }
     model->backward_ready = 0;
+    anellm_stages_weights_updated(model);
     return weights_changed(model);
 }
 

@@ -31,6 +31,16 @@ struct anellm_vocab {
     int stale;                       /* the weights have changed since the rows were copied */
 };
 
+/* A step that goes through a range of layers at a time: stages.c. All zero when there is none. */
+struct anellm_stages {
+    int64_t B, T, n_micro, n_groups, max_layers;
+    int32_t *starts;                 /* (n_groups) first layer of each group */
+    anellm_state_layout layout;
+    char *base;                      /* of the memory that the layout is of */
+    size_t mapped_bytes;
+    int64_t taps_micro, taps_first;  /* whose activations are there for backward; micro -1: of none */
+};
+
 struct anellm_model {
     anellm_config config;
     const struct anellm_architecture *arch;
@@ -47,6 +57,8 @@ struct anellm_model {
     int64_t B, T, n_targets;
     int dtype;                       /* of enum anellm_dtype */
     int checkpoint;                  /* of anellm_model_set_checkpoint */
+    struct anellm_stages stages;
+    int infer_on_cpu;                /* of anellm_model_infer_on_cpu */
     int backward_ready;              /* the activations are those of a training forward, not yet consumed */
     atomic_int busy;
 };
@@ -60,6 +72,17 @@ struct anellm_matrix_info {
 /* What forward is to keep for backward. */
 struct anellm_keep {
     int training, dtype, checkpoint;
+    int64_t layers;                  /* that go through together; 0: all */
+};
+
+/* One micro-batch through layers first to last - 1. */
+struct anellm_range {
+    int64_t first, last, max_layers; /* no range of the model has more than max_layers */
+    const int32_t *tokens, *targets; /* (N) */
+    const float *x;                  /* (N, dim) input of layer `first`; of no use for layer 0 */
+    float *out;                      /* (N, dim) output of layer last - 1; NULL: it is not asked for */
+    float *losses;                   /* (N) where last == n_layers */
+    float *dx;                       /* (N, dim) gradient of that output, replaced by that of x */
 };
 
 /* One architecture (llama.c, gpt2.c). The caller has checked every argument and holds the model. Tensor 0 is the token
@@ -76,6 +99,11 @@ struct anellm_architecture {
     int (*forward)(anellm_model *model, float *losses, float *logits, const int32_t *tokens, const int32_t *targets,
                    int training);
     int (*backward)(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale, int accumulate);
+    /* The same in ranges of layers. Backward follows the forward of the same range and micro-batch, and leaves the
+     * embedding out. */
+    int (*range_forward)(anellm_model *model, const struct anellm_range *range);
+    int (*range_backward)(anellm_model *model, const struct anellm_range *range, float scale, int accumulate);
+    int (*embedding_backward)(anellm_model *model, const float *dx, const int32_t *tokens);
     int64_t (*n_matrices)(const anellm_config *config);
     void (*matrix)(struct anellm_matrix_info *info, const anellm_config *config, int64_t index);
     int (*decode)(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n);
@@ -123,6 +151,16 @@ void anellm_vocab_free(struct anellm_vocab *vocab);
 /* INVALID when the fp32 weights were released. */
 int anellm_model_require_weights(const anellm_model *model, const char *function);
 float *anellm_model_section(const anellm_model *model, int section);
+/* INVALID unless B and T are a batch that the model takes. */
+int anellm_model_check_batch(const char *function, const anellm_config *config, int64_t B, int64_t T);
+/* Memory for a batch, and the batch shape of the model. layers: as in anellm_keep. */
+int anellm_model_reserve_step(anellm_model *model, int64_t B, int64_t T, int training, int64_t layers);
+float *anellm_model_token_losses(const anellm_model *model); /* (N) */
+/* Mean over the targets that are not ANELLM_IGNORE_INDEX, and their number; 0 when there are none. */
+double anellm_mean_loss(int64_t *n_targets, const float *losses, const int32_t *targets, int64_t N);
+void anellm_stages_forget(anellm_model *model);               /* the activations of a range are gone */
+void anellm_stages_weights_updated(anellm_model *model);      /* so is all that the batches have come to */
+void anellm_stages_free(struct anellm_stages *stages);
 /* RANGE unless every id is in [0, vocab_size) (or is `ignore`, where that is not 0). */
 int anellm_check_ids(const char *name, const int32_t *ids, int64_t n, int64_t vocab_size, int32_t ignore);
 

@@ -85,6 +85,7 @@ int anellm_model_compact_vocab(anellm_model *model, const int32_t *ids, int64_t 
                                     (long long)i, ids[i], ids[i - 1]);
     }
     if (status == ANELLM_OK) {
+        anellm_stages_forget(model);
         model->backward_ready = 0;
         if (ids == NULL || n == model->config.vocab_size)
             anellm_vocab_free(&model->vocab); /* nothing is left out */

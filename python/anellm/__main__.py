@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from anellm.cli import VERBS, guarded
+from anellm.cli import VERBS, guarded, set_whole_process
 from anellm.errors import ConfigError
 from anellm.options import nearest
 
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the verb and its arguments; None takes them from the command line.
     """
+    if argv is None:
+        set_whole_process()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage(), end="")

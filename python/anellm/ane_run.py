@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from anellm import checkpoint, safeio, saferead
 from anellm.ane import ModelEngine, share
-from anellm.efficiency import Efficiency
+from anellm.efficiency import Efficiency, read_sums
 from anellm.errors import CheckpointError, InvalidError
 from anellm.loss_scaler import LossScaler
 
@@ -95,11 +95,12 @@ class EngineRun:
         self.engine = engine
         self.scaler = LossScaler() if engine is not None and engine.device.options.scaling else None
         self._before: tuple[int, int, float] = (0, 0, 0.0)
+        self._earlier_activations: list[float] = []
         self._modelled_ms = 0.0
         self._steps = 0
         self._n_told = 0
         self._flops_before = self._total_flops()
-        self.efficiency = Efficiency()
+        self.efficiency = Efficiency(getattr(engine, "read_sums", read_sums))
 
     @property
     def scale(self) -> float:
@@ -126,11 +127,55 @@ class EngineRun:
         stats = self.engine.stats()
         return stats.total_ane_flops, stats.total_cpu_flops
 
-    def begin_step(self) -> None:
-        """Remember where the counters stand."""
-        self._before = self._counts()
+    def begin_step(self, partial: Mapping[str, Any] | None = None) -> None:
+        """Remember where the counters stand.
+
+        Args:
+            partial: what partial() gave in another process that has begun this step.
+        """
+        rescales, retries, modelled_ms = self._counts()
+        earlier = (partial or {}).get("counts", (0, 0, 0.0))
+        self._before = rescales - earlier[0], retries - earlier[1], modelled_ms - earlier[2]
+        self._earlier_activations = list((partial or {}).get("activations", ()))
         if self.engine is not None:
             self.efficiency.begin(self._total_flops())
+
+    def partial(self) -> dict[str, Any]:
+        """Return what came of a step so far, for the process that goes on with it; nothing without an engine."""
+        if self.engine is None:
+            return {}
+        counts = [now - before for now, before in zip(self._counts(), self._before, strict=True)]
+        return {
+            "counts": counts,
+            "activations": self.activations()["max_activation"],
+            "flops": [now - before for now, before in zip(self._total_flops(), self._flops_before, strict=True)],
+            "modelled_ms": self._modelled_ms,
+            "steps": self._steps,
+            "efficiency": self.efficiency.state(self._total_flops()),
+        }
+
+    def go_on(self, partial: Mapping[str, Any], path: Path) -> None:
+        """Count on from where another process was, which gave this by partial(), and which stood in a file.
+
+        Raises:
+            CheckpointError: when it is none of this model's.
+        """
+        if self.engine is None:
+            return
+        n = {"counts": 3, "activations": len(self.engine.activations()), "flops": 2, "modelled_ms": None, "steps": None}
+        for name, length in n.items():
+            found = partial.get(name)
+            numbers = found if isinstance(found, list) else [found]
+            right = isinstance(found, list) == (length is not None) and len(numbers) == (length or 1)
+            if not right or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
+                raise CheckpointError(f"{path}: partial: {name}: expected {length or 1} numbers, found {found!r:.80}")
+        ane, cpu = self._total_flops()
+        self._flops_before = ane - partial["flops"][0], cpu - partial["flops"][1]
+        self._modelled_ms, self._steps = partial["modelled_ms"], partial["steps"]
+        try:
+            self.efficiency.go_on(partial.get("efficiency"))
+        except InvalidError as error:
+            raise CheckpointError(f"{path}: partial: {error}") from None
 
     def end_step(self) -> None:
         """Stop the time of a step."""
@@ -179,7 +224,10 @@ class EngineRun:
 
     def activations(self) -> dict[str, Any]:
         """Return the largest activations of the last forward, by layer, for a record."""
-        return {} if self.engine is None else {"max_activation": self.engine.activations()}
+        if self.engine is None:
+            return {}
+        found, earlier = self.engine.activations(), self._earlier_activations
+        return {"max_activation": [max(pair) for pair in zip(found, earlier, strict=True)] if earlier else found}
 
     def describe(self) -> dict[str, Any]:
         """Return the engine's name and settings; nothing without one."""
@@ -210,16 +258,20 @@ class EngineRun:
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
-    def files(self) -> dict[str, bytes]:
-        """Return the state as a checkpoint's file; none without an engine."""
+    def state(self) -> dict[str, Any] | None:
+        """Return the state as JSON-serialisable values; None without an engine."""
         if self.engine is None:
-            return {}
-        state = {
+            return None
+        return {
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "ane_softmax": self.engine.device.options.softmax,
             "exponents": self.engine.exponents(),
         }
-        return {STATE: safeio.json_bytes(state, indent=None)}
+
+    def files(self) -> dict[str, bytes]:
+        """Return the state as a checkpoint's file; none without an engine."""
+        state = self.state()
+        return {} if state is None else {STATE: safeio.json_bytes(state, indent=None)}
 
     def restore(self, path: Path) -> None:
         """Take over the state of a checkpoint; one of a run on another device, or with other settings, has none for us.
@@ -227,10 +279,17 @@ class EngineRun:
         Raises:
             CheckpointError: naming the file, the key, what was expected and what was found.
         """
-        if self.engine is None or not checkpoint.has_file(path, STATE):
+        if self.engine is not None and checkpoint.has_file(path, STATE):
+            self.load(saferead.read_json(path / STATE, CheckpointError), path / STATE)
+
+    def load(self, state: Mapping[str, Any], path: Path) -> None:
+        """Take over what state() gave, which stood in a file.
+
+        Raises:
+            CheckpointError: naming the file, the key, what was expected and what was found.
+        """
+        if self.engine is None:
             return
-        path = path / STATE
-        state = saferead.read_json(path, CheckpointError)
         if state.keys() != _KEYS:
             raise CheckpointError(f"{path}: expected the keys {', '.join(sorted(_KEYS))}")
         scaler, exponents = state["scaler"], state["exponents"]

@@ -43,6 +43,7 @@ Base = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 EXIT_INTERRUPTED = 130
 _EXIT_FILE = 4
+_whole_process = False
 _EXIT_MEMORY = 5
 _EXIT_BROKEN_PIPE = 141
 _LONGEST_MESSAGE = 2000  # characters: what a file holds may be longer
@@ -62,6 +63,17 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("anellm.plan", "forecast training with weights in the programs: groups, restarts, memory, time"),
     "info": ("anellm.info", "show the device, the CPU variant and the versions in use"),
 }
+
+
+def is_whole_process() -> bool:
+    """Return whether this process is there for one verb, whose words are its command line: exec() can repeat it."""
+    return _whole_process
+
+
+def set_whole_process(*, whole: bool = True) -> None:
+    """Say whether it is."""
+    global _whole_process  # noqa: PLW0603  a process has one command line
+    _whole_process = whole
 
 
 @dataclass(frozen=True)
@@ -185,6 +197,8 @@ class Verb(Generic[C]):
         Args:
             argv: the arguments after the verb; None takes them from the command line.
         """
+        if argv is None:
+            set_whole_process()
         return guarded(f"anellm {self.name}", lambda: self._main(sys.argv[1:] if argv is None else argv))
 
     def _main(self, argv: Sequence[str]) -> int:

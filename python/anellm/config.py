@@ -104,6 +104,17 @@ class TrainConfig(DeviceOptions):
         "all, boundary, sqrt, every:N or none",
         group="optimization",
     )
+    compile_budget: int | None = option(
+        None,
+        "programs that a process may compile: layers are taken in groups that fit, and a new process goes on where "
+        "it is spent [with --ane-mode static: 119]",
+        low=1,
+        high=2**31 - 1,
+        group="optimization",
+    )
+    compile_headroom: float = option(
+        0.1, "part of the compile budget that is left alone", above=0, below=1, group="optimization"
+    )
     compact_vocab: bool = option(
         False,
         "compute the softmax over the ids that occur in the data; of a new model, as exact as with all",
@@ -198,8 +209,24 @@ class TrainConfig(DeviceOptions):
             raise ConfigError(f"--decay-steps: only for --schedule wsd, found --schedule {self.schedule}")
         if self.val_data is not None and self.data is None:
             raise ConfigError("--val-data: expected --data with it")
+        if self.profile is not None and self.by_plan():
+            raise ConfigError("--profile: not with --compile-budget or --ane-mode static, whose processes are many")
         if self.compact_vocab and self.model is not None:
             raise ConfigError("--compact-vocab: only for new models, found --model: its rows are not to be replaced")
+        self._check_paths()
+
+    def _check_paths(self) -> None:
         for name in ("model", "data", "val_data", "tokenizer", "out", "resume", "profile"):
             if getattr(self, name) == "":
                 raise ConfigError(f"--{name.replace('_', '-')}: expected a path, found nothing")
+
+    def _given(self) -> dict[str, Any]:
+        """See DeviceOptions; a device with static programs keeps to the budget by itself, too."""
+        values = super()._given()
+        if self.compile_budget is not None and self.ane_mode == "static":
+            values["compile_budget"] = self.compile_budget
+        return values
+
+    def by_plan(self) -> bool:
+        """Return whether the layers are taken in groups that a process can compile (docs/pipeline.md)."""
+        return self.compile_budget is not None or self.ane_mode == "static"

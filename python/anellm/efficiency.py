@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
 from anellm._ffi import check, ffi, lib, text
+from anellm.errors import InvalidError
 
 _MOST_SUMS: Final = 64  # of the C core
 # Rows of the report: key, what it is called, the C core's spans on the calling thread. The names in the first column of
@@ -40,8 +41,9 @@ def read_sums() -> Sums:
 class Efficiency:
     """Add up where the time of steps goes. Between begin() and end() the C core times its parts."""
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, read: Callable[[], Sums] = read_sums) -> None:
+        """Begin with nothing; ``read`` returns the sums of whatever computes."""
+        self._read = read
         self._totals: Sums = {}
         self._before: Sums | None = None
         self._start = self._ns = self._optimizer_ns = 0
@@ -57,7 +59,7 @@ class Efficiency:
         """
         if self._before is None:
             check(lib.anellm_trace_count(1))
-        self._before, self._flops_before, self._start = read_sums(), flops, time.perf_counter_ns()
+        self._before, self._flops_before, self._start = self._read(), flops, time.perf_counter_ns()
 
     @contextmanager
     def optimizer(self) -> Iterator[None]:
@@ -70,13 +72,52 @@ class Efficiency:
         """End a step; nothing without begin()."""
         if self._before is None:
             return
-        self._ns += time.perf_counter_ns() - self._start
-        for key, ns in read_sums().items():
-            self._totals[key] = self._totals.get(key, 0) + ns - self._before.get(key, 0)
-        self._flops = [a + now - was for a, now, was in zip(self._flops, flops, self._flops_before, strict=True)]
+        self._totals, self._ns, self._flops = self._up_to_now(self._before, flops)
         self._before = None
         check(lib.anellm_trace_count(0))
         self.steps += 1
+
+    def _up_to_now(self, before: Sums, flops: tuple[float, float]) -> tuple[Sums, int, list[float]]:
+        totals = dict(self._totals)
+        for key, ns in self._read().items():
+            totals[key] = totals.get(key, 0) + ns - before.get(key, 0)
+        added = [a + now - was for a, now, was in zip(self._flops, flops, self._flops_before, strict=True)]
+        return totals, self._ns + time.perf_counter_ns() - self._start, added
+
+    def state(self, flops: tuple[float, float]) -> dict[str, Any]:
+        """Return what there is so far, the step that is open included, for the process that goes on with it."""
+        totals, ns, added = self._totals, self._ns, self._flops
+        if self._before is not None:
+            totals, ns, added = self._up_to_now(self._before, flops)
+        return {
+            "sums": [[name, row, total] for (name, row), total in totals.items()],
+            "ns": ns,
+            "optimizer_ns": self._optimizer_ns,
+            "flops": [float(x) for x in added],
+            "steps": self.steps,
+        }
+
+    def go_on(self, state: object) -> None:
+        """Count on from what state() gave in another process.
+
+        Raises:
+            InvalidError: when it is none.
+        """
+        if not isinstance(state, dict) or state.keys() != {"sums", "ns", "optimizer_ns", "flops", "steps"}:
+            raise InvalidError(f"efficiency: expected sums, ns, optimizer_ns, flops and steps, found {state!r:.80}")
+        sums, flops = state["sums"], state["flops"]
+        if not isinstance(sums, list) or not all(
+            isinstance(s, list) and [type(x) for x in s] == [str, int, int] for s in sums
+        ):
+            raise InvalidError(f"efficiency: sums: expected names, rows and times, found {sums!r:.80}")
+        if not isinstance(flops, list) or [type(x) for x in flops] != [float, float]:
+            raise InvalidError(f"efficiency: flops: expected two numbers, found {flops!r:.80}")
+        for name in ("ns", "optimizer_ns", "steps"):
+            if type(state[name]) is not int or state[name] < 0:
+                raise InvalidError(f"efficiency: {name}: expected a whole number from 0, found {state[name]!r:.80}")
+        self._totals = {(name, row): ns for name, row, ns in sums}
+        self._ns, self._optimizer_ns, self.steps = state["ns"], state["optimizer_ns"], state["steps"]
+        self._flops = list(flops)
 
     def close(self) -> None:
         """Stop counting, also within a step."""

@@ -38,6 +38,10 @@ class CheckpointError(DataError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
+class TornStateError(CheckpointError):
+    """A state file was being changed when its process ended: what it holds is between two states."""
+
+
 class OutOfMemoryError(AnellmError, MemoryError):
     """The system refused memory, or a model is known not to fit."""
 

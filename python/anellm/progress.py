@@ -41,6 +41,7 @@ class Progress:
         plain: bool = False,
         quiet: bool = False,
         log_interval: int = 10,
+        seconds: float = 0.0,
         stream: IO[str] | None = None,
     ) -> None:
         """Prepare to show a run.
@@ -51,11 +52,12 @@ class Progress:
             plain: plain lines even on a terminal.
             quiet: print nothing.
             log_interval: steps between plain lines.
+            seconds: what the steps since ``first_step`` have taken, where other processes did them.
             stream: where to print; None: standard output.
         """
         self._stream = stream or sys.stdout
         self._steps, self._first, self._quiet, self._interval = steps, first_step, quiet, log_interval
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - seconds
         self._loss: float | None = None
         self._live = None if plain or quiet or not self._stream.isatty() else self._make_live()
         self._task = self._live.add_task("training", total=steps, completed=first_step) if self._live else None

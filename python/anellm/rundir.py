@@ -36,13 +36,14 @@ class RunDirectory:
         damaged: why newer checkpoints than ``resumed`` were passed over.
     """
 
-    def __init__(self, path: str | Path, resume: str | None = None) -> None:
+    def __init__(self, path: str | Path, resume: str | None = None, *, lock: int | None = None) -> None:
         """Open or make a run directory.
 
         Args:
             path: the directory.
             resume: None for a new run; "auto" to go on from the newest whole checkpoint of this directory, or start
                 where there is none; or the path of a checkpoint or run to go on from.
+            lock: what hand_over() gave, in a process that goes on with a run in the middle: nothing is looked for.
 
         Raises:
             ConfigError: when there is another run or other files in it and resume is None, or when it has newer
@@ -55,13 +56,17 @@ class RunDirectory:
         self.damaged: list[str] = []
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--out {self.path}: expected a folder or nothing, found a file")
+        self._manifest: dict[str, Any] = {}
+        self._metrics: metrics.MetricsWriter | None = None
+        self.last_saved: int | None = None
+        self.resumed: Checkpoint | None = None
+        if lock is not None:
+            self._lock = safeio.Lock.adopt(self.path / LOCK, lock)
+            return
         self._check_foreign()
         self._check_kinds()
         safeio.make_directory(self.path)
         self._lock = safeio.Lock(self.path / LOCK, f"run {self.path}")
-        self._metrics: metrics.MetricsWriter | None = None
-        self._manifest: dict[str, Any] = {}
-        self.last_saved: int | None = None
         try:
             safeio.sweep(self.path)
             self.resumed = self._find(resume)
@@ -143,7 +148,12 @@ class RunDirectory:
             ) from error
 
     def begin(
-        self, config: TrainConfig, manifest: Mapping[str, Any], tokenizer: Mapping[str, bytes] | None = None
+        self,
+        config: TrainConfig,
+        manifest: Mapping[str, Any],
+        tokenizer: Mapping[str, bytes] | None = None,
+        *,
+        step: int | None = None,
     ) -> None:
         """Write config.toml, manifest.json and the tokenizer, and cut metrics.jsonl back to where training goes on.
 
@@ -151,10 +161,13 @@ class RunDirectory:
             config: the resolved options.
             manifest: what describes this run besides; versions and the machine are added.
             tokenizer: content of the tokenizer's files by name, where it is known.
+            step: where training goes on, when that is not the checkpoint that was found.
 
         Raises:
             CheckpointError: when the system refuses; says which checkpoint is still there.
         """
+        if step is None:
+            step = -1 if self.resumed is None else self.resumed.step
         text = f"# The options of this run; `anellm train --config {CONFIG} --out ANOTHER` repeats it.\n" + to_toml(
             config
         )
@@ -166,10 +179,30 @@ class RunDirectory:
             for name, content in (tokenizer or {}).items():
                 safeio.write_bytes(self.path / name, content)
         with self._writing(metrics.NAME):
-            metrics.cut(self.path, -1 if self.resumed is None else self.resumed.step)
+            metrics.cut(self.path, step)
             self._metrics = metrics.MetricsWriter(self.path)
         if self.resumed is not None and self.resumed.path == checkpoint.step_dir(self.path, self.resumed.step):
             self.last_saved = self.resumed.step
+
+    def go_on(self, last_saved: int | None) -> None:
+        """Take over from another process that has begun, or gone on with, this run.
+
+        Args:
+            last_saved: of that process's RunDirectory.
+
+        Raises:
+            CheckpointError: when the system refuses, or manifest.json is damaged.
+        """
+        self._manifest = saferead.read_json(self.path / MANIFEST, CheckpointError)
+        with self._writing(metrics.NAME):
+            self._metrics = metrics.MetricsWriter(self.path)
+        self.last_saved = last_saved
+
+    def hand_over(self) -> int:
+        """Return the descriptor of the lock for the program that replaces this one by exec(); metrics are closed."""
+        if self._metrics is not None:
+            self._metrics.close()
+        return self._lock.hand_over()
 
     def amend_manifest(self, values: Mapping[str, Any]) -> None:
         """Write manifest.json again, with more in it; after begin().

@@ -130,6 +130,11 @@ def _mark() -> str:
     return f"{os.getpid()}-{next(_unique)}"
 
 
+def temporary(path: Path) -> Path:
+    """Return a new name beside a file's place, for what is to be renamed to it; sweep() knows such names."""
+    return path.parent / f"{TMP}{path.name}-{_mark()}"
+
+
 def sweep(folder: Path) -> list[str]:
     """Delete what a killed process left in a folder (``.tmp-NAME-PID-N`` and ``.trash-NAME-PID-N``); return the names.
 
@@ -173,18 +178,18 @@ def atomic_file(path: str | Path) -> Iterator[NewFile]:
     """
     path = Path(path)
     check_replaceable(path)
-    temporary = path.parent / f"{TMP}{path.name}-{_mark()}"
-    file = NewFile(temporary)
+    new = temporary(path)
+    file = NewFile(new)
     try:
         yield file
         file.sync()
         file.close()
-        rename(temporary, path)
+        rename(new, path)
         fsync_dir(path.parent)
     except BaseException:
         file.close()
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         raise
 
 
@@ -234,7 +239,7 @@ def atomic_directory(path: Path) -> Iterator[NewDirectory]:
     Raises:
         OSError: from the system; what was there before is then untouched.
     """
-    folder = NewDirectory(path.parent / f"{TMP}{path.name}-{_mark()}")
+    folder = NewDirectory(temporary(path))
     try:
         yield folder
         fsync_dir(folder.path)
@@ -310,6 +315,34 @@ class Lock:
         except OSError:
             self.close()
             raise
+
+    @classmethod
+    def adopt(cls, path: Path, fd: int) -> Lock:
+        """Return a lock that this process had before it was replaced by exec().
+
+        Args:
+            path: the lock file.
+            fd: what hand_over() gave.
+
+        Raises:
+            BusyError: when the descriptor is not that of the lock, or does not hold it.
+        """
+        try:
+            ours, file = os.fstat(fd), path.lstat()
+            if (ours.st_dev, ours.st_ino) != (file.st_dev, file.st_ino):
+                raise BusyError(f"{path}: expected descriptor {fd} to be this lock, found another file")
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(f"{path}: expected descriptor {fd} to hold this lock: {error.strerror or error}") from None
+        os.set_inheritable(fd, False)
+        lock = cls.__new__(cls)
+        lock._fd = fd
+        return lock
+
+    def hand_over(self) -> int:
+        """Return the descriptor, which from now on outlives exec()."""
+        os.set_inheritable(self._fd, True)
+        return self._fd
 
     def close(self) -> None:
         """Free the lock; calling it again does nothing."""

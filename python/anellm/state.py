@@ -102,6 +102,32 @@ class TrainState:
                 raise CheckpointError(f"{source}: {name}: expected {expected}, found {found}")
 
 
+_BETWEEN = {
+    "state": (dict, "an object"),
+    "ane": (dict, "an object or null"),
+    "stop": (bool, "true or false"),
+    "last_saved": (int, "a whole number or null"),
+    "partial": (dict, "an object"),
+    "step_seconds": (float, "a time"),
+}
+
+
+def check_between(values: Mapping[str, Any], source: str) -> None:
+    """Check what a process left in the middle of a step, as far as TrainState and others do not check it.
+
+    Raises:
+        CheckpointError: naming the source, the key, what was expected and what was found.
+    """
+    if values.keys() != _BETWEEN.keys():
+        raise CheckpointError(f"{source}: expected the keys {', '.join(_BETWEEN)}, found {', '.join(sorted(values))}")
+    for name, (kind, expected) in _BETWEEN.items():
+        value = values[name]
+        if value is None and "null" in expected:
+            continue
+        if not isinstance(value, kind) or (isinstance(value, float) and not 0 <= value <= _MAX):
+            raise CheckpointError(f"{source}: {name}: expected {expected}, found {value!r:.100}")
+
+
 def _fits(value: object, hint: str) -> bool:
     """Return whether a value from JSON is what a field's type says: counts and losses are never negative."""
     if value is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anellm import curve, line_chart, metrics, recipes, rundir, safeio, train
-from anellm.cli import EXIT_INTERRUPTED, Result, Verb
+from anellm.cli import EXIT_INTERRUPTED, Result, Verb, set_whole_process
 from anellm.config import DEFAULT_STEPS, TrainConfig
 from anellm.errors import ConfigError, DivergedError, UnavailableError
 from anellm.inputs import DEFAULT_PRESET
@@ -114,6 +114,7 @@ def run(config: SweepConfig) -> Result:
     out = Path(config.out) if config.out else rundir.new_run_path(f"sweep-{name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: expected a new or empty folder")
+    set_whole_process(whole=False)  # exec() would repeat the sweep, not the run
     runs: list[dict[str, Any]] = []
     for text, rate in config.rates().items():
         folder = str(out / f"lr-{text}")

@@ -10,19 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anellm import ane_auto, curve, inputs, metrics, recipes, rundir
+from anellm import ane_auto, curve, inputs, metrics, recipes, rundir, saferead
 from anellm.ane import check_usable
 from anellm.ane_run import count_skips, describe_engine
-from anellm.cli import EXIT_INTERRUPTED, Result, Verb
+from anellm.cli import EXIT_INTERRUPTED, Result, Verb, is_whole_process
 from anellm.config import ModelConfig, TrainConfig
 from anellm.device import set_threads
 from anellm.efficiency import describe as describe_efficiency
+from anellm.errors import CheckpointError
+from anellm.image import Handover, Restart, replace_process, take_handover
 from anellm.machine import human_bytes, human_count
 from anellm.measure import perplexity
 from anellm.model import Model
 from anellm.options import unused_device_options
 from anellm.power import describe_energy
 from anellm.progress import Progress, duration
+from anellm.tokenizer import find_tokenizer_file, load_tokenizer_file
 from anellm.trainer import Trainer, TrainResult, default_seq_len
 
 
@@ -63,7 +66,10 @@ def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(config: TrainConfig) -> Result:
     """Train, and return the summary."""
+    handover = take_handover()
     threads = set_threads(config.threads)
+    if handover is not None:
+        return _go_on(config, handover)
     if config.dry_run:
         resumed = None if config.resume is None else rundir.resume_path(config.resume, config.out)
         shape = inputs.model_config(config, inputs.load_tokenizer(config, resumed), resumed)
@@ -84,6 +90,49 @@ def run(config: TrainConfig) -> Result:
         for reason in directory.damaged:
             print(f"anellm train: warning: a newer checkpoint is passed over: {reason}", file=sys.stderr)
         return _run(config, threads, name, directory)
+
+
+def _go_on(config: TrainConfig, handover: Handover) -> Result:
+    """Go on with a run in the middle, in the place of the process that left the handover."""
+    path = Path(handover.out)
+    config = dataclasses.replace(config, **{**rundir.read_config(path), "out": handover.out, "threads": config.threads})
+    with contextlib.closing(rundir.RunDirectory(path, lock=handover.lock)) as directory:
+        manifest = saferead.read_json(path / rundir.MANIFEST, CheckpointError)
+        shape = ModelConfig.from_dict(manifest.get("model", {}), str(path / rundir.MANIFEST))
+        kept = find_tokenizer_file(path)  # the run's own: the files that it began with may be gone
+        tokenizer = None if kept is None else load_tokenizer_file(kept)
+        train_data, val_data = inputs.load_data(config, shape, tokenizer)
+        model = Model(shape, config.device, seed=None, ane=config.ane_options())
+        trainer = Trainer(
+            model, config, train_data, val_data, tokenizer, run=directory, handover=handover, replace=is_whole_process()
+        )
+        return _train(trainer, config, directory, shape, handed_over=True)
+
+
+def _train(
+    trainer: Trainer,
+    config: TrainConfig,
+    directory: rundir.RunDirectory,
+    shape: ModelConfig,
+    *,
+    handed_over: bool = False,
+) -> Result:
+    """Train, show how it goes, and how it ended; or go on in a new image of this process."""
+    state = trainer.state
+    try:
+        with Progress(
+            trainer.steps,
+            first_step=0 if handed_over else state.step,
+            plain=config.plain,
+            quiet=config.quiet,
+            log_interval=config.log_interval,
+            seconds=state.seconds if handed_over else 0.0,
+        ) as progress:
+            trainer.callbacks += (progress,)
+            result = trainer.train()
+    except Restart as restart:
+        replace_process(directory, restart)
+    return finish(result, config, directory.path, shape)
 
 
 def _settle(config: TrainConfig, shape: ModelConfig, resumed: Path | None, *, test: bool) -> TrainConfig:
@@ -117,7 +166,7 @@ def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirecto
             model = Model.from_pretrained(config.model, config.device, ane=config.ane_options())
         else:
             model = Model(shape, config.device, seed=config.seed, ane=config.ane_options())
-        trainer = Trainer(model, config, train_data, val_data, tokenizer, run=directory)
+        trainer = Trainer(model, config, train_data, val_data, tokenizer, run=directory, replace=is_whole_process())
         if trainer.warning is not None:
             print(f"anellm train: warning: {trainer.warning}", file=sys.stderr)
         if not config.quiet:
@@ -134,16 +183,7 @@ def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirecto
                 f"{human_bytes(need.total_bytes)} of memory needed"
             )
             print(f"run     {directory.path}", "" if not trainer.state.step else f"from step {trainer.state.step}")
-        with Progress(
-            trainer.steps,
-            first_step=trainer.state.step,
-            plain=config.plain,
-            quiet=config.quiet,
-            log_interval=config.log_interval,
-        ) as progress:
-            trainer.callbacks += (progress,)
-            result = trainer.train()
-        return finish(result, config, directory.path, shape)
+        return _train(trainer, config, directory, shape)
     finally:
         directory.close()
 
@@ -168,6 +208,11 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
             print(line)
     if energy := describe_energy(result.energy):
         print(f"energy: {energy}")
+    if result.images:
+        print(
+            f"{result.images['groups']} groups of layers, {result.images['restarts']} restarts, "
+            f"{result.images['compiles']} compilations"
+        )
     if result.interrupted:
         print(f"go on:  anellm train --resume --out {path}")
     print(f"write:  anellm generate --model {path}")
@@ -179,6 +224,7 @@ def finish(result: TrainResult, config: TrainConfig, path: Path, shape: ModelCon
         "perplexity": None if state.val_loss is None else perplexity(state.val_loss),
         "interrupted": result.interrupted,
         **result.ane,
+        **result.images,
         **result.energy,
         **({"skips": skips} if skips else {}),
     }

@@ -27,16 +27,19 @@ from anellm.errors import (
     EvalError,
     InvalidError,
     NonFiniteError,
+    TornStateError,
 )
+from anellm.image import Handover, Restart, take_signals
 from anellm.measure import Measurement, measure
 from anellm.metrics import rss_mib
 from anellm.model import GradNorm
 from anellm.optim import AdamW, clip_scale
+from anellm.pipeline_run import PipelineRun
 from anellm.power import EnergyRun, open_source
 from anellm.profile import Tracer
-from anellm.rundir import RunDirectory
+from anellm.rundir import AUTO, RunDirectory
 from anellm.schedule import default_learning_rate, learning_rate
-from anellm.state import TrainState
+from anellm.state import TrainState, check_between
 
 if TYPE_CHECKING:
     from anellm.data import TokenDataset
@@ -58,6 +61,7 @@ class TrainResult:
         interrupted: stopped by a signal before its last step.
         out: the run directory, or None.
         ane: device, chip, numerics, share of the FLOPs and modelled time of the Neural Engine; empty on the CPU.
+        images: images, restarts and compilations of a run by a plan; else empty.
         energy: what the steps took, by EnergyRun.summary(); empty where it is not known.
     """
 
@@ -66,6 +70,7 @@ class TrainResult:
     interrupted: bool
     out: Path | None
     ane: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     energy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -140,6 +145,8 @@ class Trainer:
         run: RunDirectory | None = None,
         optimizer: AdamW | None = None,
         device: str | None = None,
+        handover: Handover | None = None,
+        replace: bool = False,
     ) -> None:
         """Prepare a run, or the rest of one.
 
@@ -149,15 +156,20 @@ class Trainer:
             train_data: tokens to train on.
             val_data: tokens held out; None trains without validation.
             tokenizer: for samples, and to be kept with checkpoints.
-            callbacks: called with each record (kinds device, fallback, step, skip, eval, sample, save and interrupt),
+            callbacks: called with each record (kinds device, fallback, step, skip, eval, sample,
+                save, image and interrupt),
                 to read only.
             run: the run directory when it is open already; None opens ``config.out``.
             optimizer: None makes the config's AdamW.
             device: what the model computes on from now on, with the config's options for it; None: the config's
                 ``device``, where that is "auto" the model's.
+            handover: what the image before this one left; of the run that ``run`` is.
+            replace: where a plan asks for another process, it replaces this one: train() raises Restart then. Else
+                child processes compute.
 
         Raises:
             UnavailableError, UnsupportedError: see Model.to().
+            DeviceError: when too many processes in a row got nothing done (docs/pipeline.md).
             ConfigError, CheckpointError, DataError, BusyError: see RunDirectory and resolve().
         """
         self.model, self.train_data, self.val_data, self.tokenizer = model, train_data, val_data, tokenizer
@@ -198,15 +210,40 @@ class Trainer:
         self.n_ids = model.config.vocab_size
         self._loss: float | None = None
         self._stop = False
-        self._ane = EngineRun(getattr(model, "ane", None))
+        self._step_start = time.perf_counter()
+        self._last_saved: int | None = None
         self._energy = EnergyRun(None)
-        self._tracer = Tracer(config.profile, inside=self._ane.engine is not None)
         self._owns_run = run is None
         self.run = RunDirectory(config.out, config.resume) if run is None and config.out is not None else run
-        if self.run is not None and self.run.resumed is not None:
+        self._pipeline: PipelineRun | None = None
+        self._partial: Mapping[str, Any] | None = None  # of a step that another process has begun
+        self._handover, self._going_on = handover, False
+        try:
+            self._open(replace=replace)
+        except BaseException:
+            self._close()
+            raise
+
+    def _open(self, *, replace: bool) -> None:
+        """Take over where a run stands, and bring the model there."""
+        config, model = self.config, self.model
+        if config.by_plan():
+            folder = None if self.run is None else self.run.path
+            self._pipeline = PipelineRun(model, config, folder, handover=self._handover, replace=replace)
+            self._pipeline.on_image_end = self._end_image
+        self._ane = EngineRun(getattr(model, "ane", None) if self._pipeline is None else self._pipeline.engine)
+        self._tracer = Tracer(config.profile, inside=self._ane.engine is not None)
+        if not self._load_state() and self.run is not None and self.run.resumed is not None:
             self._restore(self.run.resumed)
         if config.compact_vocab:
             self._compact_vocabulary()
+
+    def _close(self, *, done: bool = False) -> None:
+        """Let go of what the run has open; ``done``: a checkpoint holds its state."""
+        if self._pipeline is not None:
+            self._pipeline.close(done=done)
+        if self.run is not None and self._owns_run:
+            self.run.close()
 
     def _compact_vocabulary(self) -> None:
         """Reduce the classifier to the ids that occur in the data."""
@@ -219,22 +256,82 @@ class Trainer:
         except InvalidError as error:
             raise ConfigError(f"--compact-vocab: this run cannot go on with it: {error}") from None
         self.n_ids = len(ids)
+        if self._pipeline is not None:
+            self._pipeline.reduce_classifier(ids)
+
+    def _load_state(self) -> bool:
+        """Take over the state of a run in the middle of a step, and return whether there was one.
+
+        --resume with the path of a checkpoint goes on from that one.
+        """
+        pipeline, run, resume = self._pipeline, self.run, self.config.resume
+        if pipeline is None or run is None:
+            return False
+        own = resume is not None and (resume == AUTO or Path(resume).resolve() == run.path.resolve())
+        if not own and self._handover is None:
+            return False
+        try:
+            values = pipeline.load(0 if run.resumed is None else run.resumed.step)
+        except TornStateError as error:
+            if self._handover is not None:
+                raise
+            self.warning = f"going on from the last checkpoint: {error}"
+            return False
+        if values is None:
+            return False
+        what = f"{pipeline.path}: run"
+        check_between(values, what)
+        state = TrainState.from_dict(values["state"], what)
+        if state.step != pipeline.step:
+            raise CheckpointError(f"{what}: step: expected {pipeline.step} by the schedule, found {state.step}")
+        self._check_data(pipeline.path, state)
+        self.optimizer.load_state_dict({"step": state.optimizer_step})
+        if values["ane"] is not None:
+            self._ane.load(values["ane"], pipeline.path)
+        self._ane.go_on(values["partial"], pipeline.path)
+        self._partial, self._step_start = values["partial"], time.perf_counter() - values["step_seconds"]
+        self._stop = self._handover is not None and values["stop"] is True
+        self._last_saved = values["last_saved"]
+        pipeline.accept()
+        self._take_state(state)
+        self._going_on = True
+        return True
+
+    def _take_state(self, state: TrainState) -> None:
+        """Go on from a state; another tier of kernels gives other last digits, and after some steps other ones."""
+        self.state = state
+        warning = None if state.cpu_variant is None else follow_cpu_variant(state.cpu_variant)
+        self.warning = "; ".join(filter(None, (self.warning, warning))) or None
+        state.cpu_variant = cpu_variant()
+
+    def _values(self) -> dict[str, Any]:
+        """Return what another process needs to go on from here, besides weights, gradients and moments."""
+        return {
+            "state": self.state.to_dict(),
+            "ane": self._ane.state(),
+            "stop": self._stop,
+            "last_saved": None if self.run is None else self.run.last_saved,
+            "partial": self._ane.partial(),
+            "step_seconds": time.perf_counter() - self._step_start,
+        }
+
+    def _end_image(self) -> None:
+        """Record what this image did."""
+        if self._pipeline is not None:
+            self._emit({"kind": "image", "step": self.state.step, **self._pipeline.record()})
 
     def _restore(self, source: checkpoint.Checkpoint) -> None:
         """Take over a checkpoint's state, weights and moments."""
         state = TrainState.from_dict(source.state, str(source.path / checkpoint.STATE))
         if state.step != source.step:
             raise CheckpointError(f"{source.path / checkpoint.STATE}: step: expected {source.step}, found {state.step}")
-        self._check_data(source, state)
+        self._check_data(source.path, state)
         checkpoint.load_tensors(source, self.model)
         self.optimizer.load_state_dict({"step": state.optimizer_step})
         self._ane.restore(source.path)
-        self.state = state
-        # Another tier gives other last digits, and after some steps other ones.
-        self.warning = None if state.cpu_variant is None else follow_cpu_variant(state.cpu_variant)
-        state.cpu_variant = cpu_variant()
+        self._take_state(state)
 
-    def _check_data(self, source: checkpoint.Checkpoint, state: TrainState) -> None:
+    def _check_data(self, source: Path, state: TrainState) -> None:
         """Refuse other data than the checkpoint's, or take it over where that is allowed.
 
         Losses on other held-out data do not compare: the best one starts over.
@@ -247,7 +344,7 @@ class Trainer:
         ):
             if theirs != found and not self.config.allow_changed_data:
                 raise CheckpointError(
-                    f"{source.path}: trained with other data: expected SHA-256 {theirs} of the {what} tokens, "
+                    f"{source}: trained with other data: expected SHA-256 {theirs} of the {what} tokens, "
                     f"found {found} ({where}); --allow-changed-data goes on with it"
                 )
         if state.val_sha256 != ours.val_sha256:
@@ -264,50 +361,75 @@ class Trainer:
             EvalError: when as many could not be taken, and the device failed in the last of them.
             CompileError: when a device refuses a program.
             CheckpointError: when a checkpoint cannot be written.
+            Restart: where a plan asks for another process, and this one is to be replaced.
         """
-        self._energy = EnergyRun(open_source())
+        done = False
+        if self._pipeline is None:  # of many processes none counts them all
+            self._energy = EnergyRun(open_source())
         try:
-            if self.run is not None:
-                self.run.begin(self.config, self._manifest(), self._tokenizer_files())
-                if self.run.resumed is not None:  # the kill may have come between a checkpoint and its note
-                    self.run.retain(self.config, self.state.best_step, self.state.best_val_loss)
+            self._begin_run()
             with self._tracer, self._signals():
-                if self._ane.engine is not None:
+                if self._ane.engine is not None and self._handover is None:
                     self._emit({"kind": "device", "step": self.state.step, **self._ane.describe()})
-                if self.state.step == 0 and (self.run is None or self.run.resumed is None):
+                if self.state.step == 0 and not self._going_on and (self.run is None or self.run.resumed is None):
                     self._evaluate()
-                while self.state.step < self.steps and not self._stop:
+                while self.state.step < self.steps and (not self._stop or self._partial is not None):
                     with self._tracer.span("step", step=self.state.step + 1):
                         self._step()
                     self._after_step()
+                    if self._pipeline is not None:
+                        self._ane.begin_step()
+                        self._step_start = time.perf_counter()
+                        self._pipeline.end_step(self._values())
                 interrupted = self._stop and self.state.step < self.steps
                 if interrupted:
                     self._emit({"kind": "interrupt", "step": self.state.step})
+                self._end_image()
                 if efficiency := self._ane.efficiency.summary():
                     self._emit({"kind": "efficiency", "step": self.state.step, **efficiency})
                 self._save()
+            done = True
             out = None if self.run is None else self.run.path
-            return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), self._energy.summary())
+            images = {} if self._pipeline is None else self._pipeline.summary()
+            energy = self._energy.summary()
+            return TrainResult(self.state, self._loss, interrupted, out, self._ane.summary(), images, energy)
         finally:
             self._energy.close()
             self._ane.close()
-            if self.run is not None and self._owns_run:
-                self.run.close()
+            self._close(done=done)
+
+    def _begin_run(self) -> None:
+        """Open the files of the run directory."""
+        run = self.run
+        if run is None:
+            return
+        if self._handover is not None:
+            run.go_on(self._last_saved)
+            return
+        run.begin(
+            self.config, self._manifest(), self._tokenizer_files(), step=self.state.step if self._going_on else None
+        )
+        if run.resumed is not None:  # the kill may have come between a checkpoint and its note
+            run.retain(self.config, self.state.best_step, self.state.best_val_loss)
 
     def _step(self) -> None:
         """Take one step: micro-steps, the gradient's norm, the update."""
         config, state = self.config, self.state
-        start = time.perf_counter()
+        if self._partial is None:
+            self._step_start = time.perf_counter()
         lr = self.learning_rate(state.step)
         n_micro = config.gradient_accumulation_steps
         loss, gradient, error = math.nan, GradNorm(math.nan, 0, None), None
-        self._ane.begin_step()
+        self._ane.begin_step(self._partial)
+        self._partial = None
         self._energy.begin_step()
         try:
             loss, gradient = self._gradient(n_micro)
         except (NonFiniteError, EvalError) as failure:
             error = failure  # of a device: weights and moments are as they were, gradients are not to be used
         self._tell_fallbacks()
+        if self._pipeline is not None:
+            self._pipeline.begin_update()
         bad = gradient.n_nonfinite > 0 or not math.isfinite(gradient.norm) or not math.isfinite(loss)
         if not bad:
             with self._tracer.span("optimizer"), self._ane.efficiency.optimizer():
@@ -318,7 +440,7 @@ class Trainer:
         state.tokens += tokens
         state.step += 1
         self._ane.end_step()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - self._step_start
         state.seconds += seconds
         self._loss = loss if math.isfinite(loss) else None
         logged = state.step % config.log_interval == 0 or state.step in (1, self.steps)
@@ -346,11 +468,19 @@ class Trainer:
         """Return a step's loss and the size of its gradient, without the loss scale that the gradient itself has."""
         config, model, scale = self.config, self.model, self._ane.scale
         loss = 0.0
+
+        def batch(micro: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+            return self.train_data.batch(
+                config.seed, self.state.step, micro, config.batch_size, self.seq_len, n_micro, config.window_order
+            )
+
+        if self._pipeline is not None:
+            for each in self._pipeline.gradients(self.state.step, batch, scale, self._values):
+                loss += each / n_micro
+            return loss, model.grad_norm() if scale == 1.0 else model.grad_norm(1.0 / scale)
         for micro in range(n_micro):
             with self._tracer.span("batch"):
-                tokens, targets = self.train_data.batch(
-                    config.seed, self.state.step, micro, config.batch_size, self.seq_len, n_micro, config.window_order
-                )
+                tokens, targets = batch(micro)
             with self._tracer.span("forward"):
                 loss += model.forward(tokens, targets, training=True) / n_micro
             with self._tracer.span("backward"):
@@ -440,7 +570,7 @@ class Trainer:
             found = Measurement(math.nan, 0, 0, 0.0, None)
             more = {"message": str(error)}
         else:
-            more = self._ane.activations()
+            more = self._ane.activations() if self._pipeline is None else {}  # by a plan the CPU evaluates
         self._tell_fallbacks()
         loss = found.loss
         state.val_loss = loss if math.isfinite(loss) else None
@@ -554,8 +684,13 @@ class Trainer:
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, ask) for number in numbers}
+        if self._handover is not None and take_signals(self._handover):
+            self._stop = True
         try:
             yield
+        except Restart:
+            before.clear()  # they stay in force until exec(): see hold_signals()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

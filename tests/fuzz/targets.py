@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from anellm.config import ModelConfig, TrainConfig
 from anellm.data import TokenDataset
 from anellm.errors import AnellmError
 from anellm.model import Model
+from anellm.pipeline_run import STATE_FILE, PipelineRun
 from anellm.rundir import RunDirectory
 from anellm.state import TrainState
+from anellm.state_file import DATA_OFFSET, HEADER_BYTES, SLOT_BYTES, StateFile
 from anellm.tokenizer import Tokenizer, load_tokenizer_file
 from anellm.tokenizer_char import CharTokenizer
 from anellm.tokenizer_json import JsonTokenizer
@@ -335,6 +338,57 @@ def resume(path: Path) -> Trainer:
     return trainer
 
 
+@functools.cache
+def state_folder() -> Path:
+    """Return a run directory of its own, with a model whose memory comes to be that of the state file."""
+    path = folder() / "stated"
+    path.mkdir()
+    return path
+
+
+@functools.cache
+def stated_trainer() -> Trainer:
+    run = object.__new__(RunDirectory)
+    run.path, run.resumed, run.last_saved = state_folder(), None, None
+    config = TrainConfig(steps=5, batch_size=1, seq_len=4, resume="auto", compile_budget=7, device="ane-sim")
+    return Trainer(Model(SHAPE, seed=1), config, DATA, run=run)
+
+
+@functools.cache
+def whole_state() -> bytes:
+    """Return a state file before the first step."""
+    trainer, path = stated_trainer(), state_folder() / STATE_FILE
+    run = trainer._pipeline
+    assert run is not None
+    StateFile.create(path, run._key, (0, 0, 0, -1, 0), run._values(trainer._values())).close()
+    return path.read_bytes()
+
+
+def state(data: bytes) -> None:
+    """The first byte says whether checksums are made to fit; the rest is the slot in force."""
+    if not data:
+        return
+    path, whole = state_folder() / STATE_FILE, whole_state()
+    slot = data[1:][: SLOT_BYTES - 64]
+    if data[0] % 2 and len(slot) > HEADER_BYTES:
+        slot = slot[:308] + struct.pack("<I", len(slot) - HEADER_BYTES) + slot[312:]
+        slot = slot[:312] + struct.pack("<I", zlib.crc32(slot[HEADER_BYTES:])) + slot[316:]
+        slot = slot[:316] + struct.pack("<I", zlib.crc32(slot[:316])) + slot[320:]
+    changed = slot + whole[len(slot) :]
+    path.write_bytes(changed)
+    trainer = stated_trainer()
+    trainer._pipeline = PipelineRun(trainer.model, trainer.config, state_folder())
+    try:
+        if trainer._load_state():
+            assert 0 <= trainer.state.step < 2**53
+    except AnellmError as error:
+        one_line(error, path)
+        assert path.read_bytes()[:DATA_OFFSET] == changed[:DATA_OFFSET] or trainer._going_on
+    finally:
+        trainer._pipeline.close()
+        trainer._going_on = False
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "safetensors": safetensors,
     "hf_config": hf_config,
@@ -356,6 +410,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "toml": toml,
     "metrics": metrics_lines,
     "checkpoint": checkpoint_file,
+    "state": state,
 }
 
 
@@ -468,6 +523,11 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "checkpoint": {
             str(number) + name: bytes([number]) + (whole / name).read_bytes()
             for number, name in enumerate(CHECKPOINT_FILES)
+        },
+        "state": {
+            "whole": b"\0" + whole_state()[: HEADER_BYTES + 900],
+            "fitting": b"\1" + whole_state()[:SLOT_BYTES].rstrip(b"\0"),
+            "list": b"\1" + whole_state()[:HEADER_BYTES] + b"[1]",
         },
     }
 

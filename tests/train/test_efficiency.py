@@ -96,3 +96,28 @@ def test_sums_are_taken_while_somebody_counts() -> None:
     closed.close()
     with pytest.raises(InvalidError, match="nobody counts"):
         check(lib.anellm_trace_count(0))
+
+
+def test_another_process_counts_on() -> None:
+    def sums() -> dict[tuple[str, int], int]:
+        return {("norm", lib.ANELLM_TRACE_CALLER): next(clock)}
+
+    clock = iter(range(10, 1000, 10))
+    first = Efficiency(sums)
+    first.begin((1e9, 2e9))
+    state = json.loads(json.dumps(first.state((3e9, 2e9))))
+    first.close()
+    second = Efficiency(sums)
+    second.go_on(state)
+    second.begin((0.0, 0.0))
+    second.end((1e9, 1e9))
+    assert second.steps == 1
+    assert second.summary()["rmsnorm_ms"] == pytest.approx(20e-6)
+    assert second.state((0.0, 0.0))["flops"] == [3e9, 1e9]
+    for name in state:
+        for value in (None, -1, "x", [1], [True, 1.0]):
+            with pytest.raises(InvalidError, match=f"efficiency: {name}: expected"):
+                second.go_on({**state, name: value})
+    for value in (None, [], {}, {**state, "more": 1}):
+        with pytest.raises(InvalidError, match="efficiency: expected sums, ns"):
+            second.go_on(value)

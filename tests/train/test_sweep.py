@@ -106,6 +106,19 @@ def test_an_interrupt_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each["interrupted"] for each in json.loads(Path("s/sweep.json").read_text())["runs"]] == [True]
 
 
+def test_no_run_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def look(config: Any) -> cli.Result:
+        seen.append(cli.is_whole_process())
+        return cli.Result({"interrupted": False})
+
+    monkeypatch.setattr(train, "run", look)
+    monkeypatch.setattr(cli, "_whole_process", True)
+    assert sweep.main(["--learning-rate", "1e-4,1e-3", "--out", "s"]) == 0
+    assert seen == [False, False]
+
+
 def test_with_nothing_held_out_there_is_no_picture(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--learning-rate", "1e-4", "--steps", "1", "--val-fraction", "0", "--out", "s"]
     assert sweep.main([*SMALL, *words]) == 0

@@ -150,6 +150,11 @@ int macos_open(const char *path, int flags, const void *arguments) {
     return WITH_ERRNO(open(path, translated, (mode_t)mode));
 }
 
+static int64_t macos_lseek(int file, int64_t offset, int whence) {
+    if (whence < 0 || whence > 2) machorun_die("lseek: whence %d is not known", whence); /* three are the same */
+    return WITH_ERRNO(lseek(file, offset, whence));
+}
+
 static int macos_close(int file) { return WITH_ERRNO(close(file)); }
 static int macos_mkdir(const char *path, unsigned mode) { return WITH_ERRNO(mkdir(path, (mode_t)(mode & 0xFFFF))); }
 
@@ -430,7 +435,7 @@ const struct binding machorun_libsystem[] = {
     LIBSYSTEM("___error", macos_error), ADAPTED(strerror),
     /* Files and the system. */
     THE_SAME(getpid),
-    LIBSYSTEM("_open", variadic_open), ADAPTED(close), ADAPTED(mkdir), ADAPTED(flock), ADAPTED(mmap), ADAPTED(munmap),
+    LIBSYSTEM("_open", variadic_open), ADAPTED(close), ADAPTED(lseek), ADAPTED(mkdir), ADAPTED(flock), ADAPTED(mmap), ADAPTED(munmap),
     ADAPTED(mprotect), ADAPTED(clock_gettime), ADAPTED(nanosleep), ADAPTED(sysconf), ADAPTED(sysctlbyname),
     ADAPTED(dlopen), ADAPTED(dlerror), ADAPTED(dlsym),
     /* Threads. A pthread_t is 8 bytes on both. */

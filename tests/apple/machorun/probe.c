@@ -119,6 +119,8 @@ static int files(void) {
     HOLDS(strcmp(strerror(errno), "Resource temporarily unavailable") == 0);
     HOLDS(strcmp(strerror(EDEADLK), "Resource deadlock avoided") == 0);
     HOLDS(strcmp(strerror(999), "Unknown error: 999") == 0);
+    HOLDS(lseek(one, 0, SEEK_END) == 0 && lseek(one, 7, SEEK_CUR) == 7 && lseek(one, -1, SEEK_SET) == -1);
+    HOLDS(errno == EINVAL && lseek(999, 0, SEEK_END) == -1 && errno == EBADF);
     HOLDS(flock(one, LOCK_UN) == 0 && flock(two, LOCK_EX | LOCK_NB) == 0);
     HOLDS(close(one) == 0 && close(two) == 0 && close(two) == -1 && errno == EBADF);
     char name[400];
