@@ -9,9 +9,9 @@ ANELLM_TARGET_AVX2 void bias_forward__avx2(float *out, int64_t ld_out, const flo
         const float *row = x + n * ld_x;
         float *out_row = out + n * ld_out; /* may be row */
         for (int64_t j = 0; j < dim; j += 8) {
-            const __m256i mask = anellm_mask_avx2(dim - j);
-            const __m256 sum = _mm256_add_ps(_mm256_maskload_ps(row + j, mask), _mm256_maskload_ps(bias + j, mask));
-            _mm256_maskstore_ps(out_row + j, mask, sum);
+            const int64_t left = dim - j;
+            const __m256 sum = _mm256_add_ps(anellm_load_avx2(row + j, left), anellm_load_avx2(bias + j, left));
+            anellm_store_avx2(out_row + j, sum, left);
         }
     }
 }

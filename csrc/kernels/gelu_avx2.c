@@ -51,18 +51,17 @@ ANELLM_TARGET_AVX2 static inline struct gate gate_of(__m256 v, int kind) {
     return kind == ANELLM_GELU_ERF ? gate_erf(v) : gate_tanh(v);
 }
 
-ANELLM_TARGET_AVX2 static inline __m256 biased(const float *x, const float *bias, int64_t j, __m256i mask) {
-    const __m256 v = _mm256_maskload_ps(x + j, mask);
-    return bias != NULL ? _mm256_add_ps(v, _mm256_maskload_ps(bias + j, mask)) : v;
+ANELLM_TARGET_AVX2 static inline __m256 biased(const float *x, const float *bias, int64_t j, int64_t left) {
+    const __m256 v = anellm_load_avx2(x + j, left);
+    return bias != NULL ? _mm256_add_ps(v, anellm_load_avx2(bias + j, left)) : v;
 }
 
 ANELLM_TARGET_AVX2 void gelu_forward__avx2(float *out, const float *x, const float *bias, int64_t N, int64_t dim,
                                            int kind) {
     for (int64_t n = 0; n < N; n++) {
         for (int64_t j = 0; j < dim; j += 8) {
-            const __m256i mask = anellm_mask_avx2(dim - j);
-            const __m256 v = biased(x + n * dim, bias, j, mask);
-            _mm256_maskstore_ps(out + n * dim + j, mask, _mm256_mul_ps(v, gate_of(v, kind).value));
+            const __m256 v = biased(x + n * dim, bias, j, dim - j);
+            anellm_store_avx2(out + n * dim + j, _mm256_mul_ps(v, gate_of(v, kind).value), dim - j);
         }
     }
 }
@@ -71,10 +70,9 @@ ANELLM_TARGET_AVX2 void gelu_backward__avx2(float *dx, const float *dout, const 
                                             int64_t dim, int kind) {
     for (int64_t n = 0; n < N; n++) {
         for (int64_t j = 0; j < dim; j += 8) {
-            const __m256i mask = anellm_mask_avx2(dim - j);
-            const __m256 slope = gate_of(biased(x + n * dim, bias, j, mask), kind).slope;
-            _mm256_maskstore_ps(dx + n * dim + j, mask,
-                                _mm256_mul_ps(_mm256_maskload_ps(dout + n * dim + j, mask), slope));
+            const __m256 slope = gate_of(biased(x + n * dim, bias, j, dim - j), kind).slope;
+            const __m256 d = anellm_load_avx2(dout + n * dim + j, dim - j);
+            anellm_store_avx2(dx + n * dim + j, _mm256_mul_ps(d, slope), dim - j);
         }
     }
 }

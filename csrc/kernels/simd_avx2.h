@@ -52,5 +52,18 @@ ANELLM_TARGET_AVX2 static inline __m256i anellm_mask_avx2(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+/* The first n values; lanes from n on are zero, and their memory is not read. */
+ANELLM_TARGET_AVX2 static inline __m256 anellm_load_avx2(const float *from, int64_t n) {
+    return n >= 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, anellm_mask_avx2(n));
+}
+
+/* The first n lanes; nothing is written behind them. */
+ANELLM_TARGET_AVX2 static inline void anellm_store_avx2(float *to, __m256 x, int64_t n) {
+    if (n >= 8)
+        _mm256_storeu_ps(to, x);
+    else
+        _mm256_maskstore_ps(to, anellm_mask_avx2(n), x);
+}
+
 #endif
 #endif
