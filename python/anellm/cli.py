@@ -51,9 +51,11 @@ _LONGEST_MESSAGE = 2000  # characters: what a file holds may be longer
 # Verb -> (module, one line). `anellm VERB` imports the module and calls its main().
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("anellm.train", "train a model on text; with no arguments, a small one on the text that comes along"),
+    "sweep": ("anellm.sweep", "train with several learning rates, one after another, and draw their validation losses"),
     "evaluate": ("anellm.evaluate", "measure a model's loss and perplexity on text"),
     "generate": ("anellm.generate", "write text with a model"),
     "convert": ("anellm.convert", "write a model in another format, read it back and compare"),
+    "check": ("anellm.check", "compare a GPT-2's logits, gradients and ten losses with llm.c's debug state"),
     "bench": ("anellm.bench", "measure speed and memory, and compare with what else is installed"),
     "prepare": ("anellm.prepare", "turn text into shards of tokens, with any tokenizer or one that is learnt"),
     "sim": ("anellm.sim", "run and check programs for the Neural Engine on a simulated one"),
@@ -68,10 +70,10 @@ def is_whole_process() -> bool:
     return _whole_process
 
 
-def set_whole_process() -> None:
-    """Say that it is."""
+def set_whole_process(*, whole: bool = True) -> None:
+    """Say whether it is."""
     global _whole_process  # noqa: PLW0603  a process has one command line
-    _whole_process = True
+    _whole_process = whole
 
 
 @dataclass(frozen=True)

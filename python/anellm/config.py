@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from anellm.activation_checkpoint import check_policy
 from anellm.device import DTYPES
 from anellm.errors import ConfigError
 from anellm.model_config import ModelConfig, preset_names
 from anellm.options import DeviceOptions, check_config, option
+from anellm.recipes import options_of_recipe, recipe_names
 
 __all__ = ["DEFAULT_STEPS", "ModelConfig", "TrainConfig", "preset_names"]
 
@@ -27,6 +28,13 @@ class TrainConfig(DeviceOptions):
         ConfigError: naming the option, what was expected and what was found.
     """
 
+    recipe: str | None = option(
+        None,
+        "a published run: defaults for these options, which flags and --config override",
+        choices=recipe_names(),
+        group="model",
+        flag_only=True,
+    )
     preset: str | None = option(None, "shape of a new model [tiny]", choices=tuple(preset_names()), group="model")
     model: str | None = option(
         None, "start from the weights of a model file, Hugging Face directory or run", group="model"
@@ -169,6 +177,20 @@ class TrainConfig(DeviceOptions):
     dry_run: bool = option(
         False, "print parameters, memory and FLOPs of a step, and stop", group="output", flag_only=True
     )
+
+    @classmethod
+    def from_recipe(cls, name: str, **options: Any) -> Self:
+        """Return the options of a recipe.
+
+        Args:
+            name: of a recipe; see recipes.recipe_names().
+            options: values that override the recipe's.
+
+        Raises:
+            ConfigError: when there is no such recipe, or an option is impossible.
+        """
+        given = {**options, "recipe": name}
+        return cls(**options_of_recipe(given), **given)
 
     def __post_init__(self) -> None:
         check_config(self)

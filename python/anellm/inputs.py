@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anellm.device import Dtype
 
 DEFAULT_PRESET = "tiny"
+SHIPPED_TEXT = Path(__file__).parent / "data" / "shakespeare.txt"  # for other tokenizers than the one that comes along
 
 
 def load_tokenizer(config: TrainConfig, resumed: Path | None = None) -> BaseTokenizer | None:
@@ -76,11 +77,12 @@ def _load_tokenizer(config: TrainConfig) -> BaseTokenizer | None:
 
 
 def _learn_characters(config: TrainConfig) -> CharTokenizer:
-    files = [] if config.data is None else tokens.find_data(config.data)
-    if not files or not tokens.is_text(files[0]):
-        raise ConfigError(f"--tokenizer {CHARACTERS}: expected a text in --data, found {config.data or 'none'}")
+    data = config.data or str(SHIPPED_TEXT)
+    files = tokens.find_data(data)
+    if not tokens.is_text(files[0]):
+        raise ConfigError(f"--tokenizer {CHARACTERS}: expected a text in --data, found {data}")
     texts = (text for file in files for text in read_documents(file))
-    return CharTokenizer.learn(texts, source=f"the characters of {config.data}")
+    return CharTokenizer.learn(texts, source=f"the characters of {data}")
 
 
 def model_config(config: TrainConfig, tokenizer: BaseTokenizer | None, resumed: Path | None = None) -> ModelConfig:
@@ -141,9 +143,11 @@ def load_data(
 def _open_data(
     config: TrainConfig, vocab_size: int, tokenizer: BaseTokenizer | None
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    if config.data is None:
+    if config.data is None and (tokenizer is None or tokenizer.sha256 == Tokenizer.shipped().sha256):
         data = TokenDataset.shipped()
         data.check_ids(vocab_size)
+    elif config.data is None:
+        data = TokenDataset.from_file(SHIPPED_TEXT, vocab_size=vocab_size, tokenizer=tokenizer)
     else:
         data = TokenDataset.from_file(config.data, config.token_dtype, vocab_size, tokenizer, "train")
     held_out = config.val_data

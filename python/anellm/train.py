@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anellm import ane_auto, curve, inputs, metrics, rundir, saferead
+from anellm import ane_auto, curve, inputs, metrics, recipes, rundir, saferead
 from anellm.ane import check_usable
 from anellm.ane_run import count_skips, describe_engine
 from anellm.cli import EXIT_INTERRUPTED, Result, Verb, is_whole_process
@@ -27,6 +27,15 @@ from anellm.power import describe_energy
 from anellm.progress import Progress, duration
 from anellm.tokenizer import find_tokenizer_file, load_tokenizer_file
 from anellm.trainer import Trainer, TrainResult, default_seq_len
+
+
+def weaker_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the run that --resume goes on with; where it begins one, those of --recipe.
+
+    Args:
+        given: the options from flags and --config, which come first.
+    """
+    return options_of_run(given) or recipes.options_of_recipe(given)
 
 
 def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +80,7 @@ def run(config: TrainConfig) -> Result:
     name = config.preset or (Path(config.model).stem if config.model else inputs.DEFAULT_PRESET)
     config = dataclasses.replace(
         config,
-        out=config.out or str(rundir.new_run_path(name)),
+        out=config.out or str(rundir.new_run_path(config.recipe or name)),
         preset=config.preset if config.model else config.preset or inputs.DEFAULT_PRESET,
     )
     if config.resume is None or (config.resume == rundir.AUTO and not Path(str(config.out)).is_dir()):
@@ -163,6 +172,9 @@ def _run(config: TrainConfig, threads: int, name: str, opened: rundir.RunDirecto
         if not config.quiet:
             held_out = "nothing held out" if val_data is None else f"{human_count(val_data.n_tokens)} tokens held out"
             ids = f", {trainer.n_ids} of {shape.vocab_size} ids occur" if config.compact_vocab else ""
+            if config.recipe is not None and not trainer.state.step:
+                for line in recipes.notes(config.recipe, config.model, config.data):
+                    print(f"recipe  {line}")
             print(f"model   {name}: {human_count(shape.n_params())} parameters{ids}")
             print(f"data    {train_data.source}: {human_count(train_data.n_tokens)} tokens, {held_out}")
             device = model.device if model.ane is None else model.ane.device
@@ -224,7 +236,7 @@ VERB = Verb(
     "train a model on text; with no arguments, a small one on the text that comes along",
     TrainConfig,
     run,
-    base=options_of_run,
+    base=weaker_options,
 )
 main = VERB.main
 
