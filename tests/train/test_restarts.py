@@ -478,6 +478,9 @@ def test_signals_wait_for_the_next_image() -> None:
         "found = []\n"
         "signal.signal(signal.SIGTERM, lambda *_: found.append('handler'))\n"
         "came = image.take_signals(image.Handover('', '', 0, pipe, 0.0))\n"
+        "for _ in range(1000):\n"
+        "    if came or found: break\n"
+        "    time.sleep(0.01)\n"  # the other thread takes it when it runs
         "print('pipe' if came else '', *found)\n"
     )
     for who in ("nobody", "other"):
