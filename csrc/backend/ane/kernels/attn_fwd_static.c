@@ -5,12 +5,7 @@ static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const st
     ane_place_below(in, "x", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
     ane_place_below(out, "y", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
     ane_place_below(out, "attn", d->q, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "q", d->q, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "k", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "v", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
-    if (!d->qk_norm) return;
-    ane_place_below(out, "q_raw", d->q, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "k_raw", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_qkv(out, d);
 }
 
 /* A part of the projection as heads, with what attention wants done to it. */

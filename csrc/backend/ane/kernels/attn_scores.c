@@ -6,13 +6,7 @@ static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const st
     ane_place_below(in, "x", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
     ane_place_beside(in, "wqkv", d->dim, d->q + 2 * d->kv, ANELLM_ANE_FIELD_WEIGHTS_T);
     if (d->qk_norm) ane_place_beside(in, "norms", d->head_dim, ANELLM_ANE_NORM_COLUMNS, ANELLM_ANE_FIELD_WEIGHTS_T);
-    ane_place_below(out, "q", d->q, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "k", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "v", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
-    if (d->qk_norm) {
-        ane_place_below(out, "q_raw", d->q, d->S, ANELLM_ANE_FIELD_ROWS);
-        ane_place_below(out, "k_raw", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
-    }
+    ane_place_qkv(out, d);
     ane_place_below(out, "scores", d->n_heads * d->Tp, d->S, ANELLM_ANE_FIELD_SCORES);
 }
 

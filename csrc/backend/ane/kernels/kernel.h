@@ -35,6 +35,9 @@ void ane_place_below(struct anellm_ane_io *io, const char *name, int64_t channel
 /* In the columns beside those that are taken, from channel 0. */
 void ane_place_beside(struct anellm_ane_io *io, const char *name, int64_t channels, int64_t columns, int kind);
 
+/* What backward needs of the projections: q, k, v, and with qk_norm q_raw and k_raw (parts.c). */
+void ane_place_qkv(struct anellm_ane_io *out, const struct ane_dims *d);
+
 /* ---- parts of programs (parts.c) -------------------------------------------------------------------------------- */
 
 /* Three forms of the same rows (N, C) of the model:

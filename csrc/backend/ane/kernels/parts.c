@@ -190,6 +190,15 @@ struct emit_tensor ane_norm_and_rotate(struct emitter *e, const char *name, cons
     return rotate(e, name, &normed, d);
 }
 
+void ane_place_qkv(struct anellm_ane_io *out, const struct ane_dims *d) {
+    ane_place_below(out, "q", d->q, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_below(out, "k", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_below(out, "v", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
+    if (!d->qk_norm) return;
+    ane_place_below(out, "q_raw", d->q, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_below(out, "k_raw", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
+}
+
 struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                                const struct ane_dims *d) {
     struct ane_qkv out;
