@@ -12,18 +12,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "fake_ane.h"
-
-#define CHECK(condition, ...)                                                                                          \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "driver.c:%d: %s: ", __LINE__, #condition);                                                \
-            fprintf(stderr, __VA_ARGS__);                                                                              \
-            fprintf(stderr, "; last error: %s\n", anellm_last_error());                                                \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-#define OK(call) CHECK((call) == ANELLM_OK, "it failed")
 
 #define HEADER                                                                                                         \
     "program(1.3)\n"                                                                                                   \
@@ -57,12 +47,6 @@ static struct {
     void (*shim_fail)(const char *, int);
     double (*last_gap)(void);
 } fake;
-
-static void find(void *out, void *library, const char *name) {
-    void *symbol = dlsym(library, name);
-    CHECK(symbol != NULL, "%s", name);
-    memcpy(out, &symbol, sizeof symbol);
-}
 
 static void find_fake(void) {
     void *library = dlopen(getenv("ANELLM_ANE_FRAMEWORK"), RTLD_NOW | RTLD_GLOBAL);

@@ -8,29 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "anellm.h"
-
-#define CHECK(condition, ...)                                                                                          \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "power_driver.c:%d: %s: ", __LINE__, #condition);                                          \
-            fprintf(stderr, __VA_ARGS__);                                                                              \
-            fprintf(stderr, "; last error: %s\n", anellm_last_error());                                                \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-#define OK(call) CHECK((call) == ANELLM_OK, "it failed")
+#include "check.h"
 
 static struct {
     void (*fail)(const char *, int, int), (*skip)(int), (*process)(uint64_t), (*shim_fail)(const char *, int);
     int (*live)(void);
 } fake;
-
-static void find(void *out, void *library, const char *name) {
-    void *symbol = dlsym(library, name);
-    CHECK(symbol != NULL, "%s", name);
-    memcpy(out, &symbol, sizeof symbol);
-}
 
 static void find_fake(void) {
     void *library = dlopen(getenv("ANELLM_IOREPORT"), RTLD_NOW | RTLD_LOCAL), *shim = dlopen(NULL, RTLD_NOW);
