@@ -123,35 +123,6 @@ static struct anellm_head_weights gpt2_head_weights(const anellm_config *c, floa
     return (struct anellm_head_weights){.norm = norm, .norm_bias = c->bias ? norm + c->dim : NULL, .classifier = base};
 }
 
-/* ---- forward and backward: the walk over the layers is that of llama.c ------------------------------------------ */
-
-static void gpt2_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *c, int64_t B, int64_t T,
-                             const struct anellm_keep *keep) {
-    anellm_arch_llama.activations(kept_bytes, scratch_bytes, c, B, T, keep);
-}
-
-static int gpt2_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
-                        const int32_t *targets, int training) {
-    return anellm_arch_llama.forward(model, losses, logits, tokens, targets, training);
-}
-
-static int gpt2_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
-                         int accumulate) {
-    return anellm_arch_llama.backward(model, tokens, targets, scale, accumulate);
-}
-
-static int gpt2_range_forward(anellm_model *model, const struct anellm_range *range) {
-    return anellm_arch_llama.range_forward(model, range);
-}
-
-static int gpt2_range_backward(anellm_model *model, const struct anellm_range *range, float scale, int accumulate) {
-    return anellm_arch_llama.range_backward(model, range, scale, accumulate);
-}
-
-static int gpt2_embedding_backward(anellm_model *model, const float *dx, const int32_t *tokens) {
-    return anellm_arch_llama.embedding_backward(model, dx, tokens);
-}
-
 /* ---- decoding with a cache -------------------------------------------------------------------------------------- */
 
 /* The matrices that decode reads: the classifier, which is the token table without its padding, then those of each
@@ -222,13 +193,7 @@ static int gpt2_decode(anellm_model *model, anellm_kvcache *cache, float *logits
 
 const struct anellm_architecture anellm_arch_gpt2 = {.n_tensors = gpt2_n_tensors,
                                                      .tensor = gpt2_tensor,
-                                                     .activations = gpt2_activations,
                                                      .init_scale = gpt2_init_scale,
-                                                     .forward = gpt2_forward,
-                                                     .backward = gpt2_backward,
-                                                     .range_forward = gpt2_range_forward,
-                                                     .range_backward = gpt2_range_backward,
-                                                     .embedding_backward = gpt2_embedding_backward,
                                                      .n_matrices = gpt2_n_matrices,
                                                      .matrix = gpt2_matrix,
                                                      .decode = gpt2_decode,

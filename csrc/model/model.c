@@ -90,7 +90,7 @@ int anellm_memory(anellm_memory_info *info, const anellm_config *config, int64_t
         info->moments_bytes = 2 * info->params_bytes;
     }
     const struct anellm_keep keep = {.training = training, .dtype = dtype, .checkpoint = checkpoint};
-    anellm_arch_of(config)->activations(&info->activations_bytes, &info->workspace_bytes, config, B, T, &keep);
+    anellm_walk_activations(&info->activations_bytes, &info->workspace_bytes, config, B, T, &keep);
     info->total_bytes = info->params_bytes + info->grads_bytes + info->moments_bytes + info->activations_bytes +
                         info->workspace_bytes;
     return ANELLM_OK;
@@ -269,7 +269,7 @@ int anellm_model_reserve_step(anellm_model *model, int64_t B, int64_t T, int tra
     int64_t kept = 0, scratch = 0;
     struct anellm_keep keep = anellm_model_keep(model, training);
     keep.layers = layers;
-    model->arch->activations(&kept, &scratch, &model->config, B, T, &keep);
+    anellm_walk_activations(&kept, &scratch, &model->config, B, T, &keep);
     ANELLM_TRY(anellm_block_reserve(&model->activations, (size_t)(kept + scratch)));
     ANELLM_TRY(anellm_block_reserve(&model->batch, (size_t)(B * T) * (2 * sizeof(int32_t) + sizeof(float))));
     ANELLM_TRY(anellm_model_reserve_rope(model, T));
@@ -308,8 +308,8 @@ static int forward(anellm_model *model, double *loss, int64_t *n_targets, float 
     memcpy(batch_tokens(model), tokens, (size_t)N * sizeof *tokens);
     if (targets != NULL) memcpy(batch_targets(model), targets, (size_t)N * sizeof *targets);
     float *losses = batch_losses(model);
-    ANELLM_TRY(model->arch->forward(model, losses, logits, batch_tokens(model),
-                                    targets == NULL ? NULL : batch_targets(model), training));
+    ANELLM_TRY(anellm_walk_forward(model, losses, logits, batch_tokens(model),
+                                   targets == NULL ? NULL : batch_targets(model), training));
     if (targets == NULL) return ANELLM_OK;
 
     int64_t count = 0;
@@ -360,8 +360,8 @@ int anellm_model_backward(anellm_model *model, double scale, int accumulate) {
     } else {
         model->backward_ready = 0; /* backward overwrites what forward kept */
         const double per_target = model->n_targets > 0 ? scale / (double)model->n_targets : 0.0;
-        status = model->arch->backward(model, batch_tokens(model), batch_targets(model), (float)per_target,
-                                       accumulate != 0);
+        status = anellm_walk_backward(model, batch_tokens(model), batch_targets(model), (float)per_target,
+                                      accumulate != 0);
         const int finished = model->backend->finish == NULL ? ANELLM_OK : model->backend->finish(model->backend_state);
         if (status == ANELLM_OK) status = finished;
     }

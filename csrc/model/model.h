@@ -90,20 +90,9 @@ struct anellm_range {
 struct anellm_architecture {
     int64_t (*n_tensors)(const anellm_config *config);
     void (*tensor)(anellm_tensor_info *info, const anellm_config *config, int64_t index);
-    /* Bytes of the activation block, split into what is kept for backward and what is scratch. */
-    void (*activations)(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *config, int64_t B, int64_t T,
-                        const struct anellm_keep *keep);
     /* Standard deviation of tensor `index` at initialisation, in units of the base one; 0 means filled with ones, -1
      * with zeros. */
     float (*init_scale)(const anellm_config *config, int64_t index);
-    int (*forward)(anellm_model *model, float *losses, float *logits, const int32_t *tokens, const int32_t *targets,
-                   int training);
-    int (*backward)(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale, int accumulate);
-    /* The same in ranges of layers. Backward follows the forward of the same range and micro-batch, and leaves the
-     * embedding out. */
-    int (*range_forward)(anellm_model *model, const struct anellm_range *range);
-    int (*range_backward)(anellm_model *model, const struct anellm_range *range, float scale, int accumulate);
-    int (*embedding_backward)(anellm_model *model, const float *dx, const int32_t *tokens);
     int64_t (*n_matrices)(const anellm_config *config);
     void (*matrix)(struct anellm_matrix_info *info, const anellm_config *config, int64_t index);
     int (*decode)(anellm_model *model, anellm_kvcache *cache, float *logits, const int32_t *tokens, int64_t n);
@@ -113,6 +102,20 @@ struct anellm_architecture {
 };
 extern const struct anellm_architecture anellm_arch_llama, anellm_arch_gpt2;
 const struct anellm_architecture *anellm_arch_of(const anellm_config *config);
+
+/* Forward and backward of every architecture: walk.c. Bytes of the activation block, split into what is kept for
+ * backward and what is scratch: */
+void anellm_walk_activations(int64_t *kept_bytes, int64_t *scratch_bytes, const anellm_config *config, int64_t B,
+                             int64_t T, const struct anellm_keep *keep);
+int anellm_walk_forward(anellm_model *model, float *losses, float *logits, const int32_t *tokens,
+                        const int32_t *targets, int training);
+int anellm_walk_backward(anellm_model *model, const int32_t *tokens, const int32_t *targets, float scale,
+                         int accumulate);
+/* The same in ranges of layers. Backward follows the forward of the same range and micro-batch, and leaves the
+ * embedding out. */
+int anellm_walk_range_forward(anellm_model *model, const struct anellm_range *range);
+int anellm_walk_range_backward(anellm_model *model, const struct anellm_range *range, float scale, int accumulate);
+int anellm_walk_embedding_backward(anellm_model *model, const float *dx, const int32_t *tokens);
 
 /* Keys and values of the tokens seen so far, and the scratch to add more. */
 struct anellm_kvcache {

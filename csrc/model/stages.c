@@ -271,7 +271,7 @@ static int run_forward(anellm_model *model, int64_t group, int64_t micro) {
     ANELLM_TRY(make_range(&range, model, group, micro));
     if (group + 1 < stages->n_groups) range.out = activation_of(stages, group + 1, micro, model->config.dim);
     stages->taps_micro = -1;
-    ANELLM_TRY(model->arch->range_forward(model, &range));
+    ANELLM_TRY(anellm_walk_range_forward(model, &range));
     stages->taps_micro = micro;
     stages->taps_first = range.first;
     if (range.last < model->config.n_layers) return ANELLM_OK;
@@ -336,11 +336,11 @@ static int run_backward(anellm_model *model, int64_t group, int64_t micro, doubl
     ANELLM_TRY(make_range(&range, model, group, micro));
     for (int64_t i = 0; i < N; ++i) n_targets += range.targets[i] != ANELLM_IGNORE_INDEX;
     stages->taps_micro = -1; /* backward overwrites what forward kept */
-    ANELLM_TRY(model->arch->range_backward(model, &range, (float)(n_targets > 0 ? scale / (double)n_targets : 0.0),
-                                           accumulate));
+    ANELLM_TRY(anellm_walk_range_backward(model, &range, (float)(n_targets > 0 ? scale / (double)n_targets : 0.0),
+                                          accumulate));
     /* Behind the classifier's gradients of all micro-batches, whatever the groups: a tied table takes both. */
     for (int64_t i = 0; group == 0 && micro == stages->n_micro - 1 && i <= micro; ++i)
-        ANELLM_TRY(model->arch->embedding_backward(model, gradient_of(stages, i, c->dim), tokens_of(stages, i)));
+        ANELLM_TRY(anellm_walk_embedding_backward(model, gradient_of(stages, i, c->dim), tokens_of(stages, i)));
     return ANELLM_OK;
 }
 
