@@ -156,9 +156,8 @@ class Trainer:
             train_data: tokens to train on.
             val_data: tokens held out; None trains without validation.
             tokenizer: for samples, and to be kept with checkpoints.
-            callbacks: called with each record (kinds device, fallback, step, skip, eval, sample,
-                save, image and interrupt),
-                to read only.
+            callbacks: called with each record (kinds device, fallback, step, skip, eval, sample, save, image, interrupt
+                and efficiency), to read only.
             run: the run directory when it is open already; None opens ``config.out``.
             optimizer: None makes the config's AdamW.
             device: what the model computes on from now on, with the config's options for it; None: the config's
