@@ -94,23 +94,35 @@ static void multiply_plainly(const struct product *p, int64_t i, int64_t i_end, 
     }
 }
 
+/* The first row (column) of the tile `steps` further than the one at `place`, of n rows cut into tiles of `length`; behind
+ * the last comes the first. */
+static int64_t tile_after(int64_t place, int64_t steps, int64_t length, int64_t n) {
+    const int64_t tiles = (n + length - 1) / length;
+    return (place / length + steps) % tiles * length;
+}
+
 /* What this thread will pack after the block of k that ends at `k`: the next block of the same tile, or the first of
- * the tile beside it, which this thread or another will take soon. */
-static struct matmul_ahead what_is_next(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end,
-                                        int64_t k) {
-    if (k >= p->ks) {
-        k = 0;
-        if (p->shared_b != NULL)
-            i = i_end;
+ * the tile that it will take next. While the threads are equally fast they take tiles in turns, so that one lies as
+ * many tiles further as there are threads; the tile beside this one is in work at another thread. Behind the last tile
+ * come the first ones of the next part of K. */
+static struct matmul_ahead what_is_next(const struct product *p, int64_t i, int64_t j, int64_t k) {
+    const int packs_a = p->shared_a == NULL, packs_b = p->shared_b == NULL;
+    k += p->k0;
+    if (k >= p->k0 + p->ks && packs_a != packs_b) {
+        const int64_t steps = anellm_get_threads(), at = packs_a ? i - p->m0 : j - p->n0;
+        const int64_t next = tile_after(at, steps, packs_a ? p->mt : p->nt, packs_a ? p->ms : p->ns);
+        if (next > at) k = p->k0;
+        if (packs_a)
+            i = p->m0 + next;
         else
-            j = j_end;
+            j = p->n0 + next;
     }
-    int64_t kc = min64(p->kc, p->ks - k), m = min64(p->mt, p->m0 + p->ms - i), n = min64(p->nt, p->n0 + p->ns - j);
-    if (p->shared_b != NULL && p->shared_a == NULL)
-        return look_ahead(p->A, p->ld_a, p->k_contiguous_a, i, m, p->k0 + k, kc);
-    if (p->shared_a != NULL && p->shared_b == NULL)
-        return look_ahead(p->B, p->ld_b, p->k_contiguous_b, j, n, p->k0 + k, kc);
-    return look_ahead(p->C, p->ld_c, 1, i, 1, 0, 1); /* packed already: a line that is there anyway */
+    const int64_t kc = min64(p->kc, p->K - k);
+    if (kc > 0 && packs_a && !packs_b)
+        return look_ahead(p->A, p->ld_a, p->k_contiguous_a, i, min64(p->mt, p->m0 + p->ms - i), k, kc);
+    if (kc > 0 && packs_b && !packs_a)
+        return look_ahead(p->B, p->ld_b, p->k_contiguous_b, j, min64(p->nt, p->n0 + p->ns - j), k, kc);
+    return look_ahead(p->C, p->ld_c, 1, i, 1, 0, 1); /* nothing to foresee: a line that is there anyway */
 }
 
 /* C starts from the residual. Done tile by tile, so that the copy is still in a cache when the sums are added to it. */
@@ -143,7 +155,7 @@ static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int
                 panel_bytes(engine, j - p->n0, engine->nr, kc);
         else
             pack_columns_b(p, own_b, j, j_end, p->k0 + k, kc);
-        struct matmul_ahead ahead = what_is_next(p, i, i_end, j, j_end, k + kc);
+        struct matmul_ahead ahead = what_is_next(p, i, j, k + kc);
         for (int64_t r = i; r < i_end; r += rows) {
             int64_t r_end = min64(r + rows, i_end);
             const unsigned char *a = own_a;
@@ -225,7 +237,7 @@ static void choose_tiles(struct product *p) {
         p->ms = even_blocks(p->M, engine->mr);
         p->ns = p->N;
         p->mt = p->ms;
-        p->nt = tile_length(p->N, engine->nr, tiles, 1, 3);
+        p->nt = tile_length(p->N, engine->nr, tiles, 1, 6);
         int64_t across = (p->N + p->nt - 1) / p->nt;
         if (across < tiles) p->mt = tile_length(p->ms, engine->mr, tiles / across + 1, 2, p->ms);
     }
