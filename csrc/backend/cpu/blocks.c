@@ -214,9 +214,9 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
 
 static int head_logits(float *logits, const struct anellm_step *step, const float *h, int64_t rows,
                        const struct anellm_head_weights *w) {
-    const int64_t dim = step->config->dim, classes = step->n_classes;
-    ANELLM_TRY(multiply(step, logits, classes, h, dim, 0, w->classifier, dim, 1, rows, classes, dim, 0));
-    for (int64_t i = 0; step->other_bias != 0.0f && i < rows; ++i) logits[(i + 1) * classes - 1] += step->other_bias;
+    const int64_t dim = step->config->dim, classes = step->n_classes, ld = anellm_logits_ld(classes);
+    ANELLM_TRY(multiply(step, logits, ld, h, dim, 0, w->classifier, dim, 1, rows, classes, dim, 0));
+    for (int64_t i = 0; step->other_bias != 0.0f && i < rows; ++i) logits[i * ld + classes - 1] += step->other_bias;
     return ANELLM_OK;
 }
 
@@ -225,16 +225,17 @@ static int cpu_classifier_forward(void *state, const struct anellm_step *step, f
                                   const struct anellm_head_saved *saved) {
     (void)state;
     const anellm_config *c = step->config;
-    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes;
+    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes, ld = anellm_logits_ld(vocab);
 
     ANELLM_TRY(norm_forward(c, saved->h, saved->mean, saved->rstd, saved->x, w->norm, w->norm_bias, N));
     if (targets == NULL && logits == NULL) return ANELLM_OK;
     for (int64_t row = 0; row < N; row += saved->chunk_rows) {
         const int64_t rows = N - row < saved->chunk_rows ? N - row : saved->chunk_rows;
         ANELLM_TRY(head_logits(saved->logits, step, saved->h + row * dim, rows, w));
-        if (logits != NULL) copy_rows(logits + row * vocab, saved->logits, rows * vocab);
+        for (int64_t i = 0; logits != NULL && i < rows; ++i)
+            copy_rows(logits + (row + i) * vocab, saved->logits + i * ld, vocab);
         if (targets != NULL)
-            ANELLM_TRY(anellm_cross_entropy_forward(losses + row, saved->lse + row, saved->logits, vocab, targets + row,
+            ANELLM_TRY(anellm_cross_entropy_forward(losses + row, saved->lse + row, saved->logits, ld, targets + row,
                                                     rows, vocab));
     }
     return ANELLM_OK;
@@ -245,7 +246,7 @@ static int cpu_classifier_backward(void *state, const struct anellm_step *step, 
                                    const struct anellm_head_weights *w, const struct anellm_head_saved *saved) {
     (void)state;
     const anellm_config *c = step->config;
-    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes;
+    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes, ld = anellm_logits_ld(vocab);
     float *dh = step->workspace->h, *dlogits = saved->logits;
 
     for (int64_t row = 0; row < N; row += saved->chunk_rows) {
@@ -253,10 +254,10 @@ static int cpu_classifier_backward(void *state, const struct anellm_step *step, 
         const float *h = saved->h + row * dim;
         /* With a single chunk the logits of forward are still there. */
         if (saved->chunk_rows < N) ANELLM_TRY(head_logits(saved->logits, step, h, rows, w));
-        ANELLM_TRY(anellm_cross_entropy_backward(dlogits, vocab, saved->logits, vocab, saved->lse + row, targets + row,
-                                                 rows, vocab, scale));
-        ANELLM_TRY(multiply(step, dh + row * dim, dim, dlogits, vocab, 0, w->classifier, dim, 0, rows, dim, vocab, 0));
-        ANELLM_TRY(multiply(step, dw->classifier, dim, dlogits, vocab, 1, h, dim, 0, vocab, dim, rows,
+        ANELLM_TRY(anellm_cross_entropy_backward(dlogits, ld, saved->logits, ld, saved->lse + row, targets + row, rows,
+                                                 vocab, scale));
+        ANELLM_TRY(multiply(step, dh + row * dim, dim, dlogits, ld, 0, w->classifier, dim, 0, rows, dim, vocab, 0));
+        ANELLM_TRY(multiply(step, dw->classifier, dim, dlogits, ld, 1, h, dim, 0, vocab, dim, rows,
                                  step->accumulate || row > 0));
     }
     return norm_backward(c, dx, dw->norm, dw->norm_bias, dh, saved->x, w->norm, saved->mean, saved->rstd, N, 0);
