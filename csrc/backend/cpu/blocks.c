@@ -2,6 +2,7 @@
 #include "backend/backend.h"
 #include "core/status.h"
 #include "core/threads.h"
+#include "kernels/attention.h"
 #include "kernels/matmul.h"
 
 #include <math.h>
@@ -109,10 +110,51 @@ static int activation_forward(const anellm_config *c, float *act, const float *p
     return anellm_swiglu_forward(act, pre, N, c->hidden_dim);
 }
 
-/* pre becomes its gradient. */
-static int activation_backward(const anellm_config *c, float *pre, const float *dact, const float *b, int64_t N) {
-    if (c->arch == ANELLM_ARCH_GPT2) return anellm_gelu_backward(pre, dact, pre, b, N, c->hidden_dim, c->gelu);
-    return anellm_swiglu_backward(pre, dact, pre, N, c->hidden_dim);
+struct activation_gradient {
+    const anellm_config *config;
+    float *pre;               /* (N, width) becomes its gradient; read from pre_bf16 where that is kept */
+    const uint16_t *pre_bf16;
+    float *dact;              /* (N, hidden_dim) becomes the activation */
+    const float *bias;
+    int64_t width;
+    atomic_int status;
+};
+
+/* Rows so few that all of them stay in the second-level cache from one step to the next. */
+enum { ACTIVATION_BYTES = 256 << 10, SCRATCH_ACTIVATION = ANELLM_SCRATCH_ATTENTION };
+
+static int activation_gradient_rows(struct activation_gradient *g, int64_t first, int64_t rows) {
+    const anellm_config *c = g->config;
+    const int64_t hidden = c->hidden_dim;
+    float *act = anellm_scratch(SCRATCH_ACTIVATION, (size_t)(rows * hidden) * sizeof(float));
+    float *pre = g->pre + first * g->width, *dact = g->dact + first * hidden;
+    if (act == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for %lld rows of activations", (long long)rows);
+    if (g->pre_bf16 != NULL)
+        ANELLM_TRY(anellm_convert_bf16_to_f32(pre, g->pre_bf16 + first * g->width, rows * g->width));
+    ANELLM_TRY(activation_forward(c, act, pre, g->bias, rows));
+    if (c->arch == ANELLM_ARCH_GPT2)
+        ANELLM_TRY(anellm_gelu_backward(pre, dact, pre, g->bias, rows, hidden, c->gelu));
+    else
+        ANELLM_TRY(anellm_swiglu_backward(pre, dact, pre, rows, hidden));
+    copy_rows(dact, act, rows * hidden);
+    return ANELLM_OK;
+}
+
+static void activation_gradient_body(void *context, int64_t begin, int64_t end) {
+    struct activation_gradient *g = context;
+    const int status = activation_gradient_rows(g, begin, end - begin);
+    if (status != ANELLM_OK) atomic_store(&g->status, status);
+}
+
+/* pre becomes its gradient, and dact the activation, which is cheaper to compute again than to keep. */
+static int activation_backward(const anellm_config *c, float *pre, const uint16_t *pre_bf16, float *dact,
+                               const float *bias, int64_t N) {
+    struct activation_gradient g = {.config = c, .pre = pre, .pre_bf16 = pre_bf16, .dact = dact, .bias = bias,
+                                    .width = anellm_gate_up_dim(c)};
+    const int64_t row_bytes = (g.width + 2 * c->hidden_dim) * (int64_t)sizeof(float);
+    anellm_parallel_for(N, ACTIVATION_BYTES / row_bytes, activation_gradient_body, &g);
+    const int status = atomic_load(&g.status);
+    return status == ANELLM_OK ? status : anellm_fail_in(__func__, status, "no memory for scratch");
 }
 
 static int bias_backward(float *db, const float *dout, int64_t N, int64_t columns) {
@@ -198,12 +240,10 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
     float *h = step->workspace->h, *act = step->workspace->scratch_a, *dact = act;
     float *gate_up = saved->gate_up_bf16 == NULL ? saved->gate_up : step->workspace->gate_up, *dgate_up = gate_up;
 
-    if (saved->gate_up_bf16 != NULL) ANELLM_TRY(anellm_convert_bf16_to_f32(gate_up, saved->gate_up_bf16, N * width));
-    ANELLM_TRY(activation_forward(c, act, gate_up, w->gate_up_bias, N));
+    ANELLM_TRY(multiply(step, dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
+    ANELLM_TRY(activation_backward(c, gate_up, saved->gate_up_bf16, dact, w->gate_up_bias, N));
     ANELLM_TRY(bias_backward(dw->down_bias, dx, N, dim));
     ANELLM_TRY(multiply(step, dw->down, hidden, dx, dim, 1, act, hidden, 0, dim, hidden, N, step->accumulate));
-    ANELLM_TRY(multiply(step, dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
-    ANELLM_TRY(activation_backward(c, gate_up, dact, w->gate_up_bias, N));
     ANELLM_TRY(bias_backward(dw->gate_up_bias, dgate_up, N, width));
     ANELLM_TRY(norm_forward(c, h, NULL, NULL, saved->mid, w->mlp_norm, w->mlp_norm_bias, N));
     ANELLM_TRY(multiply(step, dw->gate_up, dim, dgate_up, width, 1, h, dim, 0, width, dim, N, step->accumulate));
