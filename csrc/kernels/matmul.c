@@ -96,11 +96,10 @@ static void multiply_plainly(const struct product *p, int64_t i, int64_t i_end, 
     }
 }
 
-/* The first row (column) of the tile `steps` further than the one at `place`, of n rows cut into tiles of `length`; behind
- * the last comes the first. */
-static int64_t tile_after(int64_t place, int64_t steps, int64_t length, int64_t n) {
-    const int64_t tiles = (n + length - 1) / length;
-    return (place / length + steps) % tiles * length;
+/* The first row (column) of the tile that this thread takes after the one at `place`, of n rows cut into tiles of `length`;
+ * after the last of its share comes the first. */
+static int64_t tile_after(int64_t place, int64_t length, int64_t n) {
+    return anellm_next_piece(place / length, (n + length - 1) / length) * length;
 }
 
 /* Rows i .. of A or columns c .., c_step of them, of B that a thread packs while it works on the tile with the rows from i
@@ -110,9 +109,7 @@ struct packing {
 };
 
 /* What this thread will pack after `now`: the next columns or the next block of k of the same tile, or the first of the
- * tile that it will take next. While the threads are equally fast they take tiles in turns, so that one lies as many
- * tiles further as there are threads; the tile beside this one is in work at another thread. Behind the last tile come
- * the first ones of the next part of K. */
+ * tile that it will take next, in this part of K or in the one behind it. */
 static struct matmul_ahead what_is_next(const struct product *p, struct packing now) {
     const int packs_a = p->shared_a == NULL, packs_b = p->shared_b == NULL;
     now.c += now.c_step;
@@ -121,8 +118,8 @@ static struct matmul_ahead what_is_next(const struct product *p, struct packing 
         now.k += p->kc;
     }
     if (now.k >= p->k0 + p->ks && packs_a != packs_b) {
-        const int64_t steps = anellm_get_threads(), at = packs_a ? now.i - p->m0 : now.j - p->n0;
-        const int64_t next = tile_after(at, steps, packs_a ? p->mt : p->nt, packs_a ? p->ms : p->ns);
+        const int64_t at = packs_a ? now.i - p->m0 : now.j - p->n0;
+        const int64_t next = tile_after(at, packs_a ? p->mt : p->nt, packs_a ? p->ms : p->ns);
         now.k = next > at ? p->k0 : p->k0 + p->ks;
         if (packs_a)
             now.i = p->m0 + next;
