@@ -53,8 +53,8 @@ struct anellm_layer_saved {
     float *gate_up;    /* (N, rows of w->gate_up) without bias; backward overwrites it; NULL where bf16 is kept */
     uint16_t *gate_up_bf16;
 };
-/* Floats from one row of logits to the next: whole cache lines, so that no vector lies across two of them, and an odd number,
- * so that the rows of a tile do not share a few sets of the caches. */
+/* Floats from one row of logits to the next: whole cache lines, so that no vector lies across two of them, and an odd
+ * number, so that the rows of a tile do not share a few sets of the caches. */
 static inline int64_t anellm_logits_ld(int64_t n_classes) { return 16 * ((n_classes + 15) / 16 | 1); }
 
 struct anellm_head_saved {

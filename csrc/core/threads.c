@@ -48,8 +48,9 @@ static struct {
     void *context;
     int64_t n, grain;
     int n_shares;
-    /* Each thread has a share of the pieces, one behind the other, and helps with those of others when it is through: so
-     * it finds in its own caches what it wrote there in the loop before, which was probably over the same rows. */
+    /* Each thread has a share of the pieces, one behind the other, and helps with those of others when it is through.
+     * So it finds in its own caches what it wrote there in the loop before, which was probably over the same rows: where
+     * two cores share no cache, as on two dies, a line that the other one wrote last takes longest to come. */
     struct share {
         _Alignas(64) _Atomic int64_t next;
         int64_t end;

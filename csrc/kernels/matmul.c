@@ -96,14 +96,14 @@ static void multiply_plainly(const struct product *p, int64_t i, int64_t i_end, 
     }
 }
 
-/* The first row (column) of the tile that this thread takes after the one at `place`, of n rows cut into tiles of `length`;
- * after the last of its share comes the first. */
+/* The first row (column) of the tile that this thread takes after the one at `place`, of n rows cut into tiles of
+ * `length`; after the last of its share comes the first. */
 static int64_t tile_after(int64_t place, int64_t length, int64_t n) {
     return anellm_next_piece(place / length, (n + length - 1) / length) * length;
 }
 
-/* Rows i .. of A or columns c .., c_step of them, of B that a thread packs while it works on the tile with the rows from i
- * on and the columns j .. j_end - 1, over kc steps from k on. */
+/* What a thread packs while it works on the tile with the rows from i on and the columns j .. j_end - 1: those rows of
+ * A, or the columns c .. c + c_step - 1 of B, from k on. */
 struct packing {
     int64_t i, j, j_end, c, c_step, k;
 };
@@ -140,8 +140,8 @@ static void copy_residual(const struct product *p, int64_t i, int64_t i_end, int
         memcpy(p->C + i * p->ld_c + j, p->residual + i * p->ld_residual + j, (size_t)(j_end - j) * sizeof(float));
 }
 
-/* One tile over the block of k in work. Rows i .., columns j .. of C; shared panels start at m0, n0, k0. Where the panels
- * of A that all share fit the second-level cache, B is packed a panel at a time, which is then still in the first. */
+/* One tile over the block of k in work. Rows i .., columns j .. of C; shared panels start at m0, n0, k0. Where the
+ * panels of A that all share fit the second-level cache, B is packed a panel at a time, which is then in the first. */
 static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
     const struct matmul_engine *engine = p->engine;
     if (p->residual != NULL && p->k0 == 0) copy_residual(p, i, i_end, j, j_end);
