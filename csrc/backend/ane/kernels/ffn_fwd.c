@@ -19,7 +19,7 @@ static void emit_gelu(struct emitter *e, const struct emit_tensor *input, const 
     const struct emit_tensor pre = emit_matmul(e, "pre", &h, &w1, 0);
     struct emit_tensor x = pre;
     if (d->bias) {
-        const struct emit_tensor b1 = ane_bias(e, input, in, "b1");
+        const struct emit_tensor b1 = ane_bias(e, input, in, "b1", d->hidden);
         x = ane_add_bias(e, "x", &pre, &b1, 0);
     }
     const struct emit_tensor act = ane_gelu(e, &x, d->gelu);

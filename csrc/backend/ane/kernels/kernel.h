@@ -63,9 +63,9 @@ struct emit_tensor ane_scores(struct emitter *e, const struct emit_tensor *input
 struct emit_tensor ane_weight(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                               const char *field);
 
-/* A bias that ane_place_bias placed, (1, 1, 1, n and zeros); and rows + values first .. of it. */
+/* A bias of n values that ane_place_bias placed, (1, 1, 1, n and zeros); and rows + values first .. of it. */
 struct emit_tensor ane_bias(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
-                            const char *field);
+                            const char *field, int64_t n);
 struct emit_tensor ane_add_bias(struct emitter *e, const char *name, const struct emit_tensor *rows,
                                 const struct emit_tensor *bias, int64_t first);
 

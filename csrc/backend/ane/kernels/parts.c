@@ -130,9 +130,11 @@ void ane_place_bias(struct anellm_ane_io *in, const char *name, int64_t n, const
 }
 
 struct emit_tensor ane_bias(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
-                            const char *field) {
+                            const char *field, int64_t n) {
     const struct emit_tensor columns = ane_rows(e, input, in, field); /* (1, 1, columns, dim) */
-    return emit_reshape(e, field, &columns, 1, 1, 1, columns.dims[2] * columns.dims[3]);
+    const int64_t dim = columns.dims[3], used = (n + dim - 1) / dim, begin[4] = {0}, size[4] = {1, 1, used, dim};
+    const struct emit_tensor some = emit_slice(e, field, &columns, begin, size);
+    return emit_reshape(e, field, &some, 1, 1, 1, used * dim);
 }
 
 struct emit_tensor ane_add_bias(struct emitter *e, const char *name, const struct emit_tensor *rows,
@@ -230,7 +232,7 @@ struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *inpu
     const struct anellm_ane_field *wqkv = anellm_ane_find(in, "wqkv");
     const struct emit_tensor x = ane_rows(e, input, in, "x");
     struct emit_tensor bias;
-    if (d->bias) bias = ane_bias(e, input, in, "bqkv");
+    if (d->bias) bias = ane_bias(e, input, in, "bqkv", wqkv->columns);
     const struct {
         const char *name;
         int64_t column, columns;
