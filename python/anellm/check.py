@@ -126,7 +126,7 @@ class CheckConfig(DeviceOptions):
         None, f"write what the model gives to this file, and its losses to FILE{_LOSSES_SUFFIX}", group="output"
     )
     batch_size: int | None = option(
-        None, "without --debug-state: sequences of the batch to write [4]", low=1, high=2**20, group="output"
+        None, "without --debug-state: sequences in the batch [4]", low=1, high=2**20, group="output"
     )
     seq_len: int | None = option(
         None,
@@ -362,7 +362,9 @@ def _finish(config: CheckConfig, report: _Report, shape: tuple[int, ...]) -> Res
     return Result(values, 1 if wrong else 0)
 
 
-VERB = Verb("check", "compare a GPT-2's logits, gradients and ten losses with llm.c's debug state", CheckConfig, run)
+VERB = Verb(
+    "check", "compare a GPT-2 with llm.c's debug state, or each layer of a device with another's", CheckConfig, run
+)
 main = VERB.main
 
 if __name__ == "__main__":

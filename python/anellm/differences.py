@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ UNITS: Final = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 # a million values with normally distributed errors the worst is five deviations off, and the largest value of a tensor
 # is never below its root mean square.
 SINGLE: Final = 5.0
+
+_CHUNK: Final = 1 << 18  # values at a time in fp64
 
 
 class Row(NamedTuple):
@@ -57,11 +60,16 @@ def compare(
             of a single value.
     """
     largest = max(-float(expected.min()), float(expected.max()))
-    apart = np.subtract(found, expected, dtype=np.float64)
-    difference, distance = float(np.abs(apart).max()), float(np.linalg.norm(apart))
-    size, found_size = (float(np.linalg.norm(x.astype(np.float64))) for x in (expected, found))
-    error = distance / size if size > 0 else 0.0 if distance == 0 else float("inf")
-    product = float(np.vdot(found.astype(np.float64), expected.astype(np.float64)))
+    difference = squares = size = found_size = product = 0.0
+    ours, theirs = found.reshape(-1), expected.reshape(-1)
+    for start in range(0, len(ours), _CHUNK):
+        x, y = (flat[start : start + _CHUNK].astype(np.float64) for flat in (ours, theirs))
+        apart = x - y
+        difference = float(np.maximum(difference, np.abs(apart).max()))  # NaN stays
+        squares += float(apart @ apart)
+        size, found_size, product = size + float(y @ y), found_size + float(x @ x), product + float(x @ y)
+    distance, size, found_size = (math.sqrt(x) if x >= 0 else math.nan for x in (squares, size, found_size))
+    error = distance / size if size > 0 else 0.0 if distance == 0 else math.inf
     sizes = size * found_size
     cosine = product / sizes if sizes > 0 else 1.0 if distance == 0 else 0.0
     ok = difference <= tolerance * (SINGLE if norm else 1.0) * largest and (not norm or error <= tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -183,6 +184,12 @@ def test_a_refused_program_is_an_error_where_it_is_to_be() -> None:
         layers = compared(models)
     rows = [row for layer in layers for row in (layer.forward, layer.backward, *layer.gradients) if row is not None]
     assert {row.difference for row in rows} == {0.0}  # the CPU computed all of it
+
+
+def test_where_files_cannot_be_allocated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = compared(pair(GQA, mode="dynamic"))
+    monkeypatch.delattr(os, "posix_fallocate")  # macOS
+    assert compared(pair(GQA, mode="dynamic")) == expected
 
 
 def test_models_can_be_compared_again() -> None:

@@ -231,6 +231,26 @@ def test_a_device_that_fails_in_a_layer(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "program ffn_fwd, layer 1: evaluation failed: " in capsys.readouterr().out
 
 
+def test_what_the_cpu_computed_instead_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    between = check_layers.between_ends
+
+    def refusing(*args: Any) -> Iterable[Model]:
+        models = between(*args)
+        models[1].ane.device.simulator.inject("compile-fails", after=1, count=1)
+        return models
+
+    monkeypatch.setattr(check_layers, "between_ends", refusing)
+    values = run("--preset", "gpt2-char", *LAYERS, *SMALL)
+    assert [refusal["program"] for refusal in values["fallbacks"]] == ["ffn_fwd"]
+    captured = capsys.readouterr()
+    assert "on the CPU for want of a program: mlp forward (for ffn_fwd is refused)" in captured.out
+    assert "anellm check: warning: the Neural Engine refused program ffn_fwd for B = 2, T = 9" in captured.err
+    assert run("--preset", "gpt2-char", *LAYERS, *SMALL, "--ane-fallback", "cpu")["ok"]
+    assert check.main(["--preset", "gpt2-char", *LAYERS, *SMALL, "--ane-fallback", "error"]) == 5
+
+
 # ---- what cannot be --------------------------------------------------------------------------------------------------
 
 
