@@ -284,8 +284,7 @@ def run(job: BenchJob) -> dict[str, Any]:
         "method": f"{job.rounds} rounds, contenders in turns, each 1 untimed and {job.steps} timed steps a turn; ms is "
         "the median of all timed steps, min_ms the least; ratio is a peer's over ours; the peak is the best of those "
         "before the first round and after each. llm.c's program is stopped while others work, and gives as many "
-        "timed steps as fit before it generates text. anellm's step has the gradient's norm in it, the "
-        "peers' have not.",
+        "timed steps as fit before it generates text.",
     }
     show(values)
     return values
