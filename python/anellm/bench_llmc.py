@@ -231,7 +231,7 @@ class Llmc:
         return {"ms": [ms for ms, _ in found[warmup:]], "values": [x for _, x in found], "rss_mib": self._rss_mib}
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it may be through
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may be through
             os.killpg(self._process.pid, number)
 
     def _peak_rss_mib(self) -> float | None:

@@ -370,6 +370,8 @@ def test_chart_escapes_its_texts() -> None:
     assert 'a < b & "c"' in texts
     assert "<n>" in texts
     assert "limit > all: 2 x/s" in texts
+    long = ET.fromstring(bench_svg.bar_chart("t", "u", [("n" * 40, 1.0, "")], 2.0, "limit"))
+    assert float(long.findall("{*}rect")[1].attrib["x"]) > 40 * 6 > float(root.findall("{*}rect")[1].attrib["x"])
     assert bench_svg.bar_chart("t", "u", [], 0.0, "none").endswith("</svg>\n")
 
 
