@@ -40,7 +40,8 @@ const char *anellm_version(void);
 /* ---- CPU variants and threads ------------------------------------------------------------------------------- */
 /* A tier names all kernels in force, those of the fp32 and of the bf16 product: "portable", "avx2", "avx512", "neon" and
  * "vdsp" (neon with Accelerate's products) round to bf16 in software; "avx512bf16" and "amx" are "avx512" with a bf16
- * unit. */
+ * unit. "naive", "portable" with fp32 products as three plain loops, is for comparisons: it is not among the variants,
+ * and in force only where it is named. */
 const char *anellm_cpu_variant(void);             /* the tier in force: "portable", "avx2", ... */
 const char *anellm_cpu_variants(void);            /* the tiers this machine can run, best first, comma-separated */
 const char *anellm_cpu_features(void);            /* detected feature bits, comma-separated */

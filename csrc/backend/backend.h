@@ -127,6 +127,20 @@ extern const struct anellm_backend anellm_backend_cpu;
 
 /* Parts of the CPU's blocks that other backends use. Attention over rows of q, k, v as anellm_layer_saved has them. */
 anellm_attention_shape anellm_cpu_attention_shape(const anellm_config *config, int64_t B, int64_t T);
+/* out (N, dim) = norm(x), RMSNorm or LayerNorm; mean and rstd (N) may be NULL. Backward adds to dw and db. */
+int anellm_cpu_norm_forward(const anellm_config *config, float *out, float *mean, float *rstd, const float *x,
+                            const float *w, const float *b, int64_t N);
+int anellm_cpu_norm_backward(const anellm_config *config, float *dx, float *dw, float *db, const float *dout,
+                             const float *x, const float *w, const float *mean, const float *rstd, int64_t N,
+                             int accumulate_dx);
+/* act (N, hidden_dim) = silu(gate) * up, or gelu(pre + b), of anellm_layer_saved's gate_up; backward makes that its
+ * gradient. */
+int anellm_cpu_activation_forward(const anellm_config *config, float *act, const float *gate_up, const float *b,
+                                  int64_t N);
+int anellm_cpu_activation_backward(const anellm_config *config, float *gate_up, const float *dact, const float *b,
+                                   int64_t N);
+/* db (columns) += the sums of dout's columns; nothing where there is no bias. */
+int anellm_cpu_bias_backward(float *db, const float *dout, int64_t N, int64_t columns);
 /* RMSNorm over head_dim of each q and k head, in place, before RoPE
  * (Qwen3). qk (N, ld) starts with q, then k; rstd is (n_heads + n_kv_heads, N) or NULL. */
 int anellm_cpu_qk_norm_forward(float *qk, int64_t ld, float *rstd, const anellm_config *config, int64_t N,

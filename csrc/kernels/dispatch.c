@@ -20,8 +20,10 @@ static const struct {
     [ANELLM_RANK_avx512] = {"avx512", ANELLM_CPU_AVX512},
     [ANELLM_RANK_avx512bf16] = {"avx512bf16", ANELLM_CPU_AVX512BF16},
     [ANELLM_RANK_amx] = {"amx", ANELLM_CPU_AMX_PERMITTED},
+    [ANELLM_RANK_naive] = {"naive", 0},
 };
-enum { N_TIERS = (int)(sizeof tiers / sizeof tiers[0]) };
+/* The last tier is naive, which is never chosen by itself nor listed. */
+enum { N_TIERS = (int)(sizeof tiers / sizeof tiers[0]), N_LISTED = N_TIERS - 1 };
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static struct anellm_kernels tables[N_TIERS];
@@ -51,10 +53,10 @@ static void build_table(struct anellm_kernels *table, int tier, unsigned feature
 /* The tiers from the best to the last. A tier stands for both products: in avx512bf16 and amx the kernels are those of
  * avx512 and only the bf16 product has an engine of its own. On CPUs that have AMX a bf16 dot product of 512 bits runs
  * at half the rate of fp32 (measured on Sapphire Rapids), so there avx512bf16 comes after avx512. */
-static void order_tiers(int order[N_TIERS]) {
+static void order_tiers(int order[N_LISTED]) {
     const int slow_bf16 = (anellm_cpu_feature_bits() & ANELLM_CPU_AMX_BF16) != 0;
-    for (int i = 0; i < N_TIERS; i++) order[i] = N_TIERS - 1 - i;
-    for (int i = 0; i + 1 < N_TIERS && slow_bf16; i++) {
+    for (int i = 0; i < N_LISTED; i++) order[i] = N_LISTED - 1 - i;
+    for (int i = 0; i + 1 < N_LISTED && slow_bf16; i++) {
         if (order[i] != ANELLM_RANK_avx512bf16) continue;
         order[i] = ANELLM_RANK_avx512;
         order[i + 1] = ANELLM_RANK_avx512bf16;
@@ -63,9 +65,9 @@ static void order_tiers(int order[N_TIERS]) {
 }
 
 static int best_tier(void) {
-    int order[N_TIERS], i = 0;
+    int order[N_LISTED], i = 0;
     order_tiers(order);
-    while (i < N_TIERS - 1 && !available[order[i]]) i++;
+    while (i < N_LISTED - 1 && !available[order[i]]) i++;
     return order[i];
 }
 
@@ -107,10 +109,10 @@ static int find_tier(int *tier, const char *name, char *message, size_t size) {
 static void initialise(void) {
     const unsigned features = anellm_cpu_feature_bits();
     size_t used = 0;
-    for (int i = 0; i < N_TIERS; i++) build_table(&tables[i], i, features);
-    int order[N_TIERS];
+    for (int i = 0; i < N_TIERS; i++) build_table(&tables[i], i, i == ANELLM_RANK_naive ? 0 : features);
+    int order[N_LISTED];
     order_tiers(order);
-    for (int i = 0; i < N_TIERS; i++) {
+    for (int i = 0; i < N_LISTED; i++) {
         if (!available[order[i]]) continue;
         used += (size_t)snprintf(available_names + used, sizeof available_names - used, "%s%s", used > 0 ? "," : "",
                                  tiers[order[i]].name);

@@ -29,7 +29,9 @@
 #endif
 
 /* Every variant: its name and its rank; each name is a tier as well. A tier uses, for each kernel, the variant of the
- * highest rank that does not exceed the tier's and whose features the machine has. */
+ * highest rank that does not exceed the tier's and whose features the machine has. The tier naive takes the machine for
+ * one without features, so that all but its own kernels are portable; it is there to be compared with, and only in
+ * force where it is asked for by name. */
 enum anellm_variant_rank {
     ANELLM_RANK_portable = 0,
     ANELLM_RANK_neon = 1,
@@ -37,7 +39,8 @@ enum anellm_variant_rank {
     ANELLM_RANK_avx2 = 3,
     ANELLM_RANK_avx512 = 4,
     ANELLM_RANK_avx512bf16 = 5,
-    ANELLM_RANK_amx = 6
+    ANELLM_RANK_amx = 6,
+    ANELLM_RANK_naive = 7
 };
 
 struct anellm_kernels {

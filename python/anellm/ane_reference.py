@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -120,6 +121,28 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return found
 
 
+def gelu(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return GELU and its slope; kind is "tanh" (the approximation) or "erf"."""
+    if kind == "tanh":
+        root, cubic = np.sqrt(2.0 / np.pi), 0.044715
+        t = np.tanh(root * (x + cubic * x**3))
+        return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * root * (1.0 + 3.0 * cubic * x * x)
+    phi = np.vectorize(lambda z: 0.5 * math.erfc(-z * math.sqrt(0.5)), otypes=[np.float64])(x)
+    return x * phi, phi + x * np.exp(-0.5 * x * x) / np.sqrt(2.0 * np.pi)
+
+
+def columns(bias: np.ndarray, dim: int) -> np.ndarray:
+    """Return a bias as rows of dim values, zeros at the end: what its field holds as columns."""
+    found = np.zeros((-(-bias.size // dim), dim))
+    found.reshape(-1)[: bias.size] = bias
+    return found
+
+
+def flat(found: np.ndarray, n: int) -> np.ndarray:
+    """Return the bias of n values that columns() or a weight file holds."""
+    return found.reshape(-1)[:n]
+
+
 def repeated(kv: np.ndarray, batch: Batch) -> np.ndarray:
     """Return a key/value head for each query head."""
     return np.repeat(kv, batch.config.n_heads // batch.config.n_kv_heads, axis=1)
@@ -133,14 +156,15 @@ def summed(x: np.ndarray, batch: Batch) -> np.ndarray:
 
 
 def attention_inputs(values: Arrays, batch: Batch) -> Arrays:
-    """Return q, k (rotated), v, q_raw, k_raw from x, wqkv and norms."""
+    """Return q, k (rotated, in a Llama), v, q_raw, k_raw from x, wqkv, norms and bqkv."""
     c = batch.config
-    raw = values["x"] @ values["wqkv"].T
+    raw = values["x"] @ values["wqkv"].T + (flat(values["bqkv"], c.q_dim + 2 * c.kv_dim) if c.bias else 0.0)
     q_raw, k_raw, v = np.split(raw, [c.q_dim, c.q_dim + c.kv_dim], axis=-1)
     q, k = heads(q_raw, c.head_dim), heads(k_raw, c.head_dim)
     if c.qk_norm:
         q, k = (rmsnorm(part, weight, c.norm_eps) for part, weight in zip((q, k), values["norms"], strict=True))
-    q, k = rope(q, c.rope_theta), rope(k, c.rope_theta)
+    if c.arch == "llama":
+        q, k = rope(q, c.rope_theta), rope(k, c.rope_theta)
     return {"q": rows(q), "k": rows(k), "v": v, "q_raw": q_raw, "k_raw": k_raw}
 
 
@@ -178,6 +202,34 @@ def ffn_forward(values: Arrays, activation: Callable[[np.ndarray], np.ndarray] =
     """Return gate, up and y from h, w1, w3 and w2."""
     gate, up = values["h"] @ values["w1"].T, values["h"] @ values["w3"].T
     return {"gate": gate, "up": up, "y": (gate * activation(gate) * up) @ values["w2"].T}
+
+
+def _before_gelu(values: Arrays, pre: np.ndarray, config: ModelConfig) -> np.ndarray:
+    return pre + flat(values["b1"], config.hidden_dim) if config.bias else pre
+
+
+def gelu_forward(values: Arrays, batch: Batch) -> Arrays:
+    """Return pre (without its bias) and y from h, w1, b1 and w2."""
+    pre = values["h"] @ values["w1"].T
+    act, _ = gelu(_before_gelu(values, pre, batch.config), batch.config.gelu)
+    return {"pre": pre, "y": act @ values["w2"].T}
+
+
+def gelu_backward(values: Arrays, batch: Batch) -> Arrays:
+    """Return dx and dpre from dy, pre, w1, b1 and w2."""
+    _, slope = gelu(_before_gelu(values, values["pre"], batch.config), batch.config.gelu)
+    dpre = values["dy"] @ values["w2"] * slope
+    return {"dpre": dpre, "dx": dpre @ values["w1"]}
+
+
+def mlp_forward(values: Arrays, batch: Batch) -> Arrays:
+    """Return what ffn_fwd gives."""
+    return gelu_forward(values, batch) if batch.config.arch == "gpt2" else ffn_forward(values)
+
+
+def mlp_backward(values: Arrays, batch: Batch) -> Arrays:
+    """Return what ffn_bwd_static gives."""
+    return gelu_backward(values, batch) if batch.config.arch == "gpt2" else ffn_backward(values)
 
 
 def ffn_backward(values: Arrays) -> Arrays:
@@ -236,6 +288,10 @@ def make_values(batch: Batch, seed: int = 0, *, depth: float = 1.0) -> Arrays:
         "w3": weight(c.hidden_dim, c.dim),
         "w2": weight(c.dim, c.hidden_dim, depth),
     }
+    if c.arch == "gpt2":
+        values["bqkv"] = columns(0.3 * g.standard_normal(c.q_dim + 2 * c.kv_dim), c.dim)
+        values["b1"] = columns(0.3 * g.standard_normal(c.hidden_dim), c.dim)
+        return {**values, "w13": values["w1"]}
     return {**values, "w13": np.concatenate([values["w1"], values["w3"]])}
 
 
@@ -244,6 +300,9 @@ def matrices(values: Mapping[str, np.ndarray], batch: Batch) -> Arrays:
     found = {name: values[name] for name in ("wqkv", "wo", "w1", "w3", "w2")}
     if batch.config.qk_norm:
         found |= dict(zip(("q_norm", "k_norm"), values["norms"], strict=True))
+    if batch.config.bias:
+        c = batch.config
+        found |= {"bqkv": flat(values["bqkv"], c.q_dim + 2 * c.kv_dim), "b1": flat(values["b1"], c.hidden_dim)}
     return found
 
 
@@ -264,10 +323,10 @@ def program_inputs(batch: Batch, seed: int = 0) -> Arrays:
 
     values = make_values(batch, seed)
     forward = attention_forward(values, batch)
-    mlp = ffn_forward(values)
+    mlp = mlp_forward(values, batch)
     widths = {
         "dy": c.dim,
-        "dgate_up": 2 * c.hidden_dim,
+        "dgate_up": c.gate_up_dim,
         "dmid": c.dim,
         "dattn": c.q_dim,
         "dqkv": c.q_dim + 2 * c.kv_dim,
@@ -276,7 +335,7 @@ def program_inputs(batch: Batch, seed: int = 0) -> Arrays:
     backward = attention_backward(forward, gradients["dattn"], batch)
     values |= gradients | {name: forward[name] for name in ("q", "k", "v", "p", "attn")}
     values |= {name: backward[name] for name in ("dp", "ds")}
-    values |= {name: mlp[name] for name in ("gate", "up")}
+    values |= {name: mlp[name] for name in ("gate", "up", "pre") if name in mlp}
     return {name: value.astype(np.float16).astype(np.float64) for name, value in values.items()}
 
 
@@ -290,7 +349,7 @@ _PROGRAMS: Final[dict[str, Callable[[Arrays, Batch], Arrays]]] = {
     "attn_scores": attention_forward,
     "attn_values": lambda v, batch: {"attn": attention_values(v["p"], v["v"], batch)},
     "wo_fwd": lambda v, _: {"y": v["attn"] @ v["wo"].T},
-    "ffn_fwd": lambda v, _: ffn_forward(v),
+    "ffn_fwd": mlp_forward,
     "ffn_bwd_w2": lambda v, _: {"dact": v["dy"] @ v["w2"]},
     "ffn_bwd_w13": lambda v, _: {"dx": v["dgate_up"] @ v["w13"]},
     "wo_bwd": lambda v, _: {"dattn": v["dmid"] @ v["wo"]},
@@ -299,8 +358,8 @@ _PROGRAMS: Final[dict[str, Callable[[Arrays, Batch], Arrays]]] = {
     "sdpa_bwd1_given": lambda v, batch: values_backward(v["p"], v["v"], v["dattn"], batch),
     "sdpa_bwd2": lambda v, batch: scores_backward(softmax_backward(v["p"], v["dp"], batch), v["q"], v["k"], batch),
     "attn_fwd_static": attention_forward,
-    "ffn_fwd_static": lambda v, _: ffn_forward(v),
-    "ffn_bwd_static": lambda v, _: ffn_backward(v),
+    "ffn_fwd_static": mlp_forward,
+    "ffn_bwd_static": mlp_backward,
     "qkv_bwd_static": lambda v, _: {"dx": v["dqkv"] @ v["wqkv"]},
     "sdpa_bwd1_static": lambda v, batch: _sdpa_bwd1({**v, "dattn": v["dmid"] @ v["wo"]}, batch),
     "sdpa_bwd2_given": lambda v, batch: scores_backward(v["ds"], v["q"], v["k"], batch),

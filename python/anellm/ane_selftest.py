@@ -58,6 +58,7 @@ _LEAST: Final = ModelConfig(
     dim=32, hidden_dim=32, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=32, vocab_size=32, max_seq_len=32
 )
 _STORIES110M: Final = ModelConfig.from_preset("stories110m")
+_GPT2: Final = ModelConfig.from_preset("gpt2")
 _WIDE: Final = ModelConfig(
     dim=2048, hidden_dim=32, n_layers=1, n_heads=32, n_kv_heads=32, head_dim=64, vocab_size=32, max_seq_len=32
 )
@@ -73,6 +74,8 @@ SIZES: Final = (
     Size("stories110m", Batch(_STORIES110M, 1, 256), mode="static"),
     Size("many rows", Batch(_STORIES110M, 4, 256), ("qkv_bwd_static",), "static"),
     Size("many weights", Batch(_WIDE, 1, 32), ("qkv_bwd_static",), "static"),
+    Size("gpt2", Batch(_GPT2, 4, 64), ("attn_fwd", "ffn_fwd")),  # biases, GELU
+    Size("gpt2", Batch(_GPT2, 4, 64), ("attn_fwd_static", "ffn_fwd_static", "ffn_bwd_static"), "static"),
 )
 
 

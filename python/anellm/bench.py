@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from anellm import bench_llmc
 from anellm.bench_peers import parse_compare
 from anellm.bench_timing import BenchJob
 from anellm.cli import Result, Verb
@@ -23,7 +24,9 @@ WHATS = {
     "decode": "anellm.bench_decode",
     "load": "anellm.bench_load",
     "matmul-ladder": "anellm.bench_ladder",
+    "step-ladder": "anellm.bench_step_ladder",
 }
+_DRAWN = ("matmul-ladder", "step-ladder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +54,29 @@ class BenchConfig(CommonOptions):
     jax_python: str | None = option(None, "a Python that has JAX [this one]", group="peers")
     runc: str | None = option(None, "llama2.c's program `run`, for decode", group="peers")
 
-    figure: str = option("matmul-ladder.svg", "where matmul-ladder draws", group="output", flag_only=True)
+    llmc: str | None = option(None, "llm.c's built program `train_gpt2`, for step and step-ladder", group="peers")
+
+    figure: str | None = option(None, "where a ladder is drawn [WHAT.svg]", group="output", flag_only=True)
+
+
+def check_llmc(config: BenchConfig, shape: ModelConfig) -> None:
+    """Refuse what cannot be compared with llm.c's program, before anything is measured.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if config.what not in ("step", "step-ladder"):
+        raise ConfigError(f"--llmc: only for step and step-ladder, found {config.what}")
+    bench_llmc.check_program(str(config.llmc))
+    bench_llmc.check_shape(shape, config.batch_size, config.seq_len)
 
 
 def job_of(config: BenchConfig) -> BenchJob:
     """Return what to measure, with every choice made.
 
     Raises:
-        ConfigError: on an unknown peer, a sequence beyond the model's longest, or a drawing that is no SVG.
+        ConfigError: on an unknown peer, a sequence beyond the model's longest, a drawing that is no SVG, or a program
+            that cannot be run.
     """
     if named_device(config.device) != "cpu":
         raise ConfigError(f"--device: bench measures the CPU, found {config.device}")
@@ -71,8 +89,15 @@ def job_of(config: BenchConfig) -> BenchJob:
         )
     if shape.arch != "llama" and "jax" in compare:
         raise ConfigError(f"--compare: jax has only a Llama here, found --preset {config.preset}")
-    if not config.figure.endswith(".svg"):
-        raise ConfigError(f"--figure: expected a name that ends in .svg, found {config.figure!r}")
+    figure = f"{config.what}.svg" if config.figure is None else config.figure
+    if not figure.endswith(".svg"):
+        raise ConfigError(f"--figure: expected a name that ends in .svg, found {figure!r}")
+    if config.figure is not None and config.what not in _DRAWN:
+        raise ConfigError(f"--figure: only for {' and '.join(_DRAWN)}, found {config.what}")
+    if config.what == "step-ladder" and config.dtype != "fp32":
+        raise ConfigError(f"--dtype: step-ladder measures fp32 and, where the CPU has it, bf16; found {config.dtype}")
+    if config.llmc is not None:
+        check_llmc(config, shape)
     if config.runc is not None and config.what != "decode":
         raise ConfigError(f"--runc: only for decode, found {config.what}")
     return BenchJob(
@@ -94,7 +119,8 @@ def job_of(config: BenchConfig) -> BenchJob:
             "numpy": sys.executable,
         },
         runc=config.runc,
-        figure=config.figure,
+        llmc=config.llmc,
+        figure=figure,
     )
 
 

@@ -16,13 +16,14 @@ from anellm.optim import AdamW
 
 
 def start(job: Mapping[str, Any]) -> tuple[Callable[[], float], dict[str, Any]]:
-    """Return a training step, after writing the weights it starts from to the job's file for the peers."""
+    """Return a training step, after writing the weights it starts from to the job's file for the peers, if any."""
     set_threads(job["threads"])
     model = Model(ModelConfig.from_dict(job["config"]), seed=job["seed"])
     model.set_dtype(job["dtype"])
-    with Path(job["weights"]).open("wb") as file:
-        for tensor in model.tensors:
-            model.params[tensor.name].tofile(file)
+    if job["weights"] is not None:
+        with Path(job["weights"]).open("wb") as file:
+            for tensor in model.tensors:
+                model.params[tensor.name].tofile(file)
     optimizer = AdamW(model, job["lr"], tuple(job["betas"]), job["eps"], job["weight_decay"], decay="matrices")
     tokens, targets = (np.array(job[name], np.int32) for name in ("tokens", "targets"))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from anellm.errors import AnellmError, ConfigError
 from anellm.options import nearest
@@ -68,6 +68,7 @@ class Contender:
         environment: variables that it needs besides the common ones.
         options: entries of its job, e.g. whether to compile.
         notes: what is worth telling about its settings.
+        checked_steps: how many of its first losses must be those of the others.
     """
 
     name: str
@@ -76,6 +77,32 @@ class Contender:
     environment: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    checked_steps: int = 3  # the later losses say that gradients and updates agree, too
+
+
+class Runner(Protocol):
+    """What takes turns."""
+
+    contender: Contender
+
+    def run(self, count: int, warmup: int = 0) -> dict[str, Any]:
+        """Do the work: see Child.run."""
+        ...
+
+    def close(self) -> None:
+        """End the process."""
+        ...
+
+
+def child_environment(threads: int, extra: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a contender's process.
+
+    Args:
+        threads: how many threads its libraries may use.
+        extra: variables that come before all others.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in _DROPPED}
+    return environment | dict.fromkeys(_THREADS, str(threads)) | dict(extra)
 
 
 class Child:
@@ -90,8 +117,7 @@ class Child:
         """
         self.contender = contender
         here = Path(__file__).resolve().parent
-        environment = {key: value for key, value in os.environ.items() if key not in _DROPPED}
-        environment |= dict.fromkeys(_THREADS, str(threads)) | dict(contender.environment)
+        environment = child_environment(threads, contender.environment)
         if contender.python == sys.executable:  # another Python must not find this one's packages
             environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), *(p for p in sys.path if p)])
         else:
@@ -247,7 +273,7 @@ def matmul_contenders(peers: Sequence[str], pythons: Mapping[str, str], dtype: s
 
 
 def alternate(
-    running: Sequence[Child], rounds: int, count: int, warmup: int, between: Callable[[], None]
+    running: Sequence[Runner], rounds: int, count: int, warmup: int, between: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
     """Let contenders work in turns: the first, the second, ..., the first again.
 

@@ -9,19 +9,37 @@ from typing import Any
 
 import numpy as np
 
-from anellm.bench_peers import Child, ChildError, Contender, MissingError, alternate, missing_line, tuned_torch
+from anellm.bench_llmc import Llmc
+from anellm.bench_peers import (
+    Child,
+    ChildError,
+    Contender,
+    MissingError,
+    Runner,
+    alternate,
+    missing_line,
+    tuned_torch,
+)
 from anellm.bench_timing import BenchJob, Peak, Times, peak_tier, table, variant
-from anellm.errors import InternalError
+from anellm.errors import ConfigError, InternalError
 
+HEAD = ("ms", "least", "it/s", "tokens/s", "GFLOP/s", "MiB")  # of what cells() gives
+COUNTED = (
+    "GFLOP/s: 6 operations for each weight that multiplies and token, and causal attention; norms, softmax and AdamW "
+    "are not counted, their time is"
+)
 _TRIAL_STEPS = 3  # timed steps by which the better of PyTorch's two ways is chosen
-_CHECKED_STEPS = 3  # first losses that must agree: the later ones say that gradients and updates do, too
 _TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # relative
 
 
 def step_job(job: BenchJob, folder: Path) -> dict[str, Any]:
-    """Return what every contender is told."""
-    rng = np.random.default_rng(0)
-    tokens, targets = rng.integers(0, job.shape.vocab_size, (2, job.batch_size, job.seq_len)).tolist()
+    """Return what every contender is told.
+
+    The tokens are a circle, each the target of the one before, so that llm.c's program finds the same batch at every
+    place of a file that repeats it.
+    """
+    circle = np.random.default_rng(0).integers(0, job.shape.vocab_size, job.batch_size * job.seq_len)
+    tokens, targets = (x.reshape(job.batch_size, job.seq_len).tolist() for x in (circle, np.roll(circle, -1)))
     return {
         "task": "step",
         "config": job.shape.to_dict(),
@@ -44,13 +62,47 @@ def agree(ours: Sequence[float], theirs: Sequence[float], dtype: str) -> bool:
     return all(abs(a - b) <= limit * abs(a) for a, b in zip(ours, theirs, strict=True))
 
 
-class _Race:
+def figures(ms: Sequence[float], rss_mib: float | None, n_tokens: int, flops: float) -> dict[str, Any]:
+    """Return what is told of a contender's steps.
+
+    Args:
+        ms: their times.
+        rss_mib: most memory that its process held; None: not known.
+        n_tokens: tokens of a step.
+        flops: floating-point operations of a step.
+    """
+    t = Times.of(ms)
+    return {
+        "ms": t.median,
+        "min_ms": t.least,
+        "timed_steps": t.count,
+        "iterations_per_s": 1e3 / t.median,
+        "tokens_per_s": 1e3 * n_tokens / t.median,
+        "gflops": flops / t.median / 1e6,
+        "rss_mib": rss_mib,
+    }
+
+
+def cells(entry: Mapping[str, Any]) -> list[str]:
+    """Return figures() as the columns of HEAD."""
+    memory = "-" if entry["rss_mib"] is None else f"{entry['rss_mib']:.0f}"
+    numbers = [f"{entry['ms']:.1f}", f"{entry['min_ms']:.1f}", f"{entry['iterations_per_s']:.4g}"]
+    return [*numbers, f"{entry['tokens_per_s']:.0f}", f"{entry['gflops']:.1f}", memory]
+
+
+class Race:
     """The contenders that take part, and why others do not."""
 
     def __init__(self, job: BenchJob, folder: Path) -> None:
+        """Begin with none.
+
+        Args:
+            job: what to measure.
+            folder: where files may be put, for as long as they run.
+        """
         self.job, self.folder = job, folder
         self.common = step_job(job, folder)
-        self.running: list[Child] = []
+        self.running: list[Runner] = []
         self.losses: dict[str, list[float]] = {}
         self.about: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
@@ -60,23 +112,46 @@ class _Race:
         child = Child(contender, self.job.threads)
         try:
             about = child.start(self.common)
-            losses = child.run(0, warmup=_CHECKED_STEPS)["values"]
+            self._admit(child, about)
         except BaseException:
             child.close()
             raise
-        ours = self.losses.get("anellm", losses)
+        return child
+
+    def _admit(self, child: Runner, about: dict[str, Any]) -> None:
+        contender = child.contender
+        losses = child.run(0, warmup=contender.checked_steps)["values"]
+        ours = self.losses.get("anellm", losses)[: len(losses)]
         if not agree(ours, losses, self.common["dtype"]):
-            child.close()
             raise InternalError(
                 f"{contender.name} computes something else: its first losses are {losses}, anellm's are {ours}"
             )
         self.running.append(child)
         self.losses[contender.name] = losses
-        about.pop("rss_mib")
+        about.pop("rss_mib", None)
         self.about[contender.name] = {**about, **contender.options, "notes": list(contender.notes)}
-        return child
 
-    def leave(self, child: Child) -> None:
+    def enter_ours(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start anellm, which writes the weights that the others start from."""
+        self.enter(Contender("anellm", "anellm", environment=environment or {}))
+        self.common["tensors"] = self.about["anellm"].pop("tensors")
+
+    def enter_llmc(self, program: str) -> None:
+        """Start llm.c's program.
+
+        Raises:
+            ConfigError: when it fails, or its losses are others.
+        """
+        child = Llmc(program, self.job.shape, self.common, self.folder, self.job.rounds)
+        try:
+            self._admit(child, {})
+        except BaseException as error:
+            child.close()
+            if isinstance(error, InternalError):
+                raise ConfigError(f"--llmc: {error}") from None
+            raise
+
+    def leave(self, child: Runner) -> None:
         """End a contender's part."""
         self.running.remove(child)
         child.close()
@@ -118,30 +193,35 @@ class _Race:
         else:
             self.try_to_enter(peer, Contender(peer, peer, self.job.pythons[peer]))
 
+    def enter_all(self) -> None:
+        """Start every other contender of the job."""
+        if self.job.llmc is not None:
+            self.enter_llmc(self.job.llmc)
+        for peer in self.job.compare:
+            self.enter_peer(peer)
+
     def close(self) -> None:
         """End every child."""
         for child in self.running:
             child.close()
 
 
-def summarise(times: Mapping[str, Mapping[str, Any]], flops: float, peak: float) -> dict[str, Any]:
+def summarise(times: Mapping[str, Mapping[str, Any]], n_tokens: int, flops: float, peak: float) -> dict[str, Any]:
     """Return the figures of a race.
 
     Args:
         times: for each contender "ms", all its times, and "rss_mib".
+        n_tokens: tokens of a step.
         flops: floating-point operations of a step.
         peak: GFLOP/s that the machine can do.
 
     Returns:
-        "anellm" and "peers" with ms (the median), min_ms and rss_mib; "ratio" (the peer's ms over anellm's) and
+        "anellm" and "peers" with figures(); "ratio" (the peer's ms over anellm's) and
         "ratio_of_minima"; "peak_gflops", "gflops" and "fraction_of_peak", all of anellm's median step.
     """
-    found = {}
-    for name, entry in times.items():
-        t = Times.of(entry["ms"])
-        found[name] = {"ms": t.median, "min_ms": t.least, "rss_mib": entry["rss_mib"], "timed_steps": t.count}
+    found = {name: figures(entry["ms"], entry["rss_mib"], n_tokens, flops) for name, entry in times.items()}
     ours = found.pop("anellm")
-    gflops = flops / ours["ms"] / 1e6
+    gflops = ours["gflops"]
     return {
         "anellm": ours,
         "peers": found,
@@ -155,53 +235,56 @@ def summarise(times: Mapping[str, Mapping[str, Any]], flops: float, peak: float)
     }
 
 
+def show_about(about: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a line for each contender of which there is anything to tell."""
+    for name, entry in about.items():
+        how = [f"version {entry['version']}"] if "version" in entry else []
+        how += ["torch.compile" if entry["compile"] else "eager"] if "compile" in entry else []
+        if how or entry["notes"]:
+            print(f"{name}: {', '.join([*how, *entry['notes']])}")
+
+
 def show(values: Mapping[str, Any]) -> None:
     """Print a race's table."""
-    tokens = values["batch_size"] * values["seq_len"]
     rows = []
     for name, entry in {"anellm": values["anellm"], **values["peers"]}.items():
         ratio = values["ratio"].get(name, 1.0)
         least = values["ratio_of_minima"].get(name, 1.0)
-        cells = [f"{entry['ms']:.1f}", f"{entry['min_ms']:.1f}", f"{1e3 * tokens / entry['ms']:.0f}"]
-        rows.append([name, *cells, f"{entry['rss_mib']:.0f}", f"{ratio:.2f}", f"{least:.2f}"])
-    print(table(["", "ms", "least", "tokens/s", "MiB", "ms / ours", "least / ours"], rows))
-    for name, about in values["about"].items():
-        how = [f"version {about['version']}"] if "version" in about else []
-        how += ["torch.compile" if about["compile"] else "eager"] if "compile" in about else []
-        if how or about["notes"]:
-            print(f"{name}: {', '.join([*how, *about['notes']])}")
+        rows.append([name, *cells(entry), f"{ratio:.2f}", f"{least:.2f}"])
+    print(table(["", *HEAD, "ms / ours", "least / ours"], rows))
+    show_about(values["about"])
     for line in values["missing"].values():
         print(line)
     print(
         f"peak of {values['peak_tier']} multiply-adds {values['peak_gflops']:.0f} GFLOP/s; a step of "
         f"{values['flops'] / 1e9:.1f} GFLOP reaches {values['gflops']:.0f}, {values['fraction_of_peak']:.2f} of it"
     )
+    print(COUNTED)
 
 
 def run(job: BenchJob) -> dict[str, Any]:
     """Measure, print, and return the figures."""
     with tempfile.TemporaryDirectory(prefix="anellm-bench-") as name:
-        race = _Race(job, Path(name))
+        race = Race(job, Path(name))
         try:
-            race.enter(Contender("anellm", "anellm"))
-            race.common["tensors"] = race.about["anellm"].pop("tensors")
-            for peer in job.compare:
-                race.enter_peer(peer)
+            race.enter_ours()
+            race.enter_all()
             peak = Peak(peak_tier(variant(), job.dtype), job.threads)
             times = alternate(race.running, job.rounds, job.steps, 1, peak.sample)
         finally:
             race.close()
-    flops = job.shape.flops_per_token(job.seq_len) * job.batch_size * job.seq_len
+    n_tokens = job.batch_size * job.seq_len
     values = {
         **job.describe(),
-        **summarise(times, flops, peak.gflops),
+        **summarise(times, n_tokens, job.shape.flops_per_token(job.seq_len) * n_tokens, peak.gflops),
         "peak_tier": peak.tier,
         "about": race.about,
         "first_losses": race.losses,
         "missing": race.missing,
         "method": f"{job.rounds} rounds, contenders in turns, each 1 untimed and {job.steps} timed steps a turn; ms is "
         "the median of all timed steps, min_ms the least; ratio is a peer's over ours; the peak is the best of those "
-        "before the first round and after each. anellm's step has the gradient's norm in it, the peers' have not.",
+        "before the first round and after each. llm.c's program is stopped while others work, and gives as many "
+        "timed steps as fit before it generates text.",
     }
     show(values)
     return values

@@ -19,7 +19,8 @@ def bar_chart(title: str, unit: str, bars: Sequence[tuple[str, float, str]], lim
         limit_name: what it is.
     """
     longest = max([limit, *(value for _, value, _ in bars)]) or 1.0
-    span = _WIDTH - _LEFT - _RIGHT
+    left = max([_LEFT, *(20 + 7 * len(name) for name, _, _ in bars)])  # a letter is 7 wide, about
+    span = _WIDTH - left - _RIGHT
     height = _TOP + len(bars) * (_BAR + _GAP) + 40
     bottom = height - 40
     size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
@@ -35,11 +36,11 @@ def bar_chart(title: str, unit: str, bars: Sequence[tuple[str, float, str]], lim
         base = y + _BAR - 8
         text = escape(f"{value:.1f} {unit} {note}")
         parts += [
-            f'<text x="{_LEFT - 10}" y="{base}" text-anchor="end" fill="#1c1c1c">{escape(name)}</text>',
-            f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="3" fill="#2f6f8f"/>',
-            f'<text x="{_LEFT + width + 8:.1f}" y="{base}" fill="#4a4a4a">{text}</text>',
+            f'<text x="{left - 10}" y="{base}" text-anchor="end" fill="#1c1c1c">{escape(name)}</text>',
+            f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="3" fill="#2f6f8f"/>',
+            f'<text x="{left + width + 8:.1f}" y="{base}" fill="#4a4a4a">{text}</text>',
         ]
-    x = _LEFT + span * limit / longest
+    x = left + span * limit / longest
     text = escape(f"{limit_name}: {limit:.0f} {unit}")
     parts += [
         f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{bottom}" stroke="#b5482f" stroke-dasharray="5 4"/>',

@@ -36,6 +36,7 @@ class BenchJob:
         compare: peers to run.
         pythons: peer -> the Python that runs it.
         runc: path of llama2.c's program, or None.
+        llmc: path of llm.c's program, or None.
         figure: where to write the drawing.
     """
 
@@ -53,6 +54,7 @@ class BenchJob:
     compare: Sequence[str]
     pythons: Mapping[str, str]
     runc: str | None
+    llmc: str | None
     figure: str
 
     def describe(self) -> dict[str, Any]:
@@ -114,6 +116,8 @@ def peak_tier(tier: str, dtype: str) -> str:
 
     The matrix unit behind vdsp has no public instructions, so its products are compared with NEON's.
     """
+    if tier == "naive":
+        return "portable"
     if tier == "vdsp":
         return "neon"
     return tier if dtype == "bf16" or tier in _FP32_TIERS else "avx512"

@@ -55,7 +55,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("anellm.evaluate", "measure a model's loss and perplexity on text"),
     "generate": ("anellm.generate", "write text with a model"),
     "convert": ("anellm.convert", "write a model in another format, read it back and compare"),
-    "check": ("anellm.check", "compare a GPT-2's logits, gradients and ten losses with llm.c's debug state"),
+    "check": ("anellm.check", "compare a GPT-2 with llm.c's debug state, or each layer of a device with another's"),
     "bench": ("anellm.bench", "measure speed and memory, and compare with what else is installed"),
     "prepare": ("anellm.prepare", "turn text into shards of tokens, with any tokenizer or one that is learnt"),
     "sim": ("anellm.sim", "run and check programs for the Neural Engine on a simulated one"),

@@ -17,8 +17,8 @@ _MOST_SUMS: Final = 64  # of the C core
 _CPU_ROWS: Final = (
     ("io_ms", "IO", ("write", "read", "copy", "scan", "stage")),
     ("classifier_ms", "classifier and cross-entropy", ("classifier",)),
-    ("rmsnorm_ms", "RMSNorm", ("norm",)),
-    ("elementwise_ms", "SwiGLU and RoPE", ("swiglu", "rope")),
+    ("rmsnorm_ms", "norms", ("norm",)),
+    ("elementwise_ms", "SwiGLU or GELU, RoPE", ("activation", "rope")),
     (
         "blocks_ms",
         "blocks on the CPU",

@@ -30,7 +30,7 @@ _BLOB_DATA: Final = 128  # where the numbers of a weight file of one chunk start
 MATRICES: Final = {
     **{name: (name, False) for name in ("wqkv", "wo", "w1", "w3", "w2")},
     **{f"{name}_t": (name, True) for name in ("wqkv", "wo", "w1", "w3", "w2")},
-    **{name: (name, False) for name in ("q_norm", "k_norm")},
+    **{name: (name, False) for name in ("q_norm", "k_norm", "bqkv", "b1")},
 }
 MANIFEST: Final = "programs.json"
 _KINDS: Final = {
@@ -144,7 +144,8 @@ def bake(files: Mapping[str, bytes], matrices: Mapping[str, np.ndarray]) -> dict
 
     Args:
         files: of the program as ane_programs() returns it.
-        matrices: wqkv, wo, w1, w3, w2 as the model has them, (out, in), and q_norm, k_norm with q/k-norm.
+        matrices: wqkv, wo, w1, w3, w2 as the model has them, (out, in); q_norm, k_norm with q/k-norm; of a GPT-2 no w3,
+            and bqkv, b1 with biases.
 
     Raises:
         InvalidError: when one has another size than the program's.
@@ -163,9 +164,20 @@ def bake(files: Mapping[str, bytes], matrices: Mapping[str, np.ndarray]) -> dict
     return found
 
 
+def layer_prefix(config: ModelConfig, layer: int) -> str:
+    """Return what the names of a layer's tensors begin with."""
+    return f"{'transformer.h' if config.arch == 'gpt2' else 'model.layers'}.{layer}."
+
+
 def layer_matrices(config: ModelConfig, params: Mapping[str, np.ndarray], layer: int) -> dict[str, np.ndarray]:
     """Return what bake() takes, of a layer of a model by the names of its tensors."""
-    at = f"model.layers.{layer}."
+    at = layer_prefix(config, layer)
+    if config.arch == "gpt2":
+        names = {"wqkv": "attn.c_attn", "wo": "attn.c_proj", "w1": "mlp.c_fc", "w2": "mlp.c_proj"}
+        found = {name: params[f"{at}{tensor}.weight"] for name, tensor in names.items()}
+        if config.bias:
+            found |= {"bqkv": params[f"{at}attn.c_attn.bias"], "b1": params[f"{at}mlp.c_fc.bias"]}
+        return found
     qkv = [params[f"{at}self_attn.{name}_proj.weight"] for name in "qkv"]
     found = {"wqkv": np.concatenate(qkv), "wo": params[f"{at}self_attn.o_proj.weight"]}
     found |= {w: params[f"{at}mlp.{name}_proj.weight"] for w, name in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
@@ -264,7 +276,8 @@ def _shape(config: MilConfig) -> tuple[str, ModelConfig, dict[str, np.ndarray] |
         return str(config.model), source.config, None
     if config.layer >= source.config.n_layers:
         raise ConfigError(f"--layer: expected 0 to {source.config.n_layers - 1}, found {config.layer}")
-    params = {name: array for name, array in source.tensors if name.startswith(f"model.layers.{config.layer}.")}
+    start = layer_prefix(source.config, config.layer)
+    params = {name: array for name, array in source.tensors if name.startswith(start)}
     return str(config.model), source.config, layer_matrices(source.config, params, config.layer)
 
 

@@ -190,6 +190,11 @@ class ModelConfig:
         """Return the width of all key heads together (as of all value heads)."""
         return self.n_kv_heads * self.head_dim
 
+    @property
+    def gate_up_dim(self) -> int:
+        """Return the rows of the MLP's first matrix: gate and up in a Llama, what GELU gets in a GPT-2."""
+        return (1 if self.arch == "gpt2" else 2) * self.hidden_dim
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> ModelConfig:
         """Return a preset's shape, with fields replaced by ``overrides``.
@@ -263,7 +268,7 @@ class ModelConfig:
 
     def _layer_matmul_params(self) -> int:
         attention = 2 * self.q_dim * self.dim + 2 * self.kv_dim * self.dim
-        return attention + (2 if self.arch == "gpt2" else 3) * self.hidden_dim * self.dim
+        return attention + (self.gate_up_dim + self.hidden_dim) * self.dim
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the floating-point operations of one training token, forward and backward.

@@ -11,7 +11,7 @@ from anellm import weights
 from anellm.activation_checkpoint import SavedLayers, check_policy, saved_layers
 from anellm.cli import Result, Verb
 from anellm.config import ModelConfig, preset_names
-from anellm.errors import ConfigError, UnsupportedError
+from anellm.errors import ConfigError
 from anellm.machine import human_bytes, human_count
 from anellm.options import option
 from anellm.pipeline import COMPILE_LIMIT, HEADROOM, CompileBudget, PipelinePlan, plan
@@ -65,8 +65,6 @@ def _workload(config: PlanConfig) -> tuple[str, Workload]:
     else:
         name = str(config.model)
         shape = weights.load_pretrained(name).config
-    if shape.arch != "llama":
-        raise UnsupportedError(f"{name}: expected a Llama: a GPT-2 has no Neural Engine programs")
     seq_len = config.seq_len if config.seq_len is not None else min(_DEFAULT_SEQ_LEN, shape.max_seq_len)
     if seq_len > shape.max_seq_len:
         raise ConfigError(f"--seq-len: expected at most the model's max_seq_len {shape.max_seq_len}, found {seq_len}")

@@ -35,7 +35,7 @@ _MOVING: Final = {"weight_gb_s": 0.0, "activation_gb_s": 0.0, "elementwise_gb_s"
 # Bytes that the CPU moves, fp32 unless said, each tensor read and written once.
 _SURFACE_BYTES: Final = 6  # a value into or out of a surface: 4 in fp32, 2 in fp16
 _ROW_BYTES: Final = 88  # (N, dim) in a layer: 2 norms, done again backward (8 each), 2 sums (12), 2 norms backward (16)
-_HIDDEN_BYTES: Final = 24  # (N, hidden) in a layer: SwiGLU backward, 3 in, 3 out
+_HIDDEN_BYTES: Final = 12  # (N, gate_up_dim) in a layer: the activation's backward, half as many dact and act
 _LOGIT_BYTES: Final = 12  # (N, vocabulary): softmax reads twice, its gradient is written
 _SCORE_BYTES: Final = 10  # (N, heads, Tp) in fp16 with the softmax on the CPU: 2 forward, 3 backward
 _UPDATE_BYTES: Final = 28  # a parameter in AdamW: 4 read, 3 written
@@ -199,7 +199,7 @@ def cpu_bytes(config: ModelConfig, programs: Sequence[AneProgram], rows: int, re
     """Return the memory that the CPU moves in a micro-step, in bytes; rows is B T."""
     surfaces = [surface for program in programs for surface in (program.input, program.output)]
     per_layer = _SURFACE_BYTES * float(_field_values(surfaces, weights=False))
-    per_layer += rows * (_ROW_BYTES * config.dim + _HIDDEN_BYTES * config.hidden_dim)
+    per_layer += rows * (_ROW_BYTES * config.dim + _HIDDEN_BYTES * config.gate_up_dim)
     if any(program.softmax == "cpu" for program in programs):
         scores = max((f.channels * f.columns for s in surfaces for f in s.fields if f.kind == "scores"), default=0)
         per_layer += _SCORE_BYTES * scores
@@ -211,7 +211,7 @@ def cpu_bytes(config: ModelConfig, programs: Sequence[AneProgram], rows: int, re
 def block_params(config: ModelConfig) -> int:
     """Return the number of weights in the matrices of all layers."""
     attention = config.dim * (2 * config.q_dim + 2 * config.kv_dim)
-    return config.n_layers * (attention + 3 * config.dim * config.hidden_dim)
+    return config.n_layers * (attention + config.dim * (config.gate_up_dim + config.hidden_dim))
 
 
 def step(

@@ -149,7 +149,7 @@ class StateFile:
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(fd, path)
-            _allocate(fd, key.file_bytes)
+            allocate(fd, key.file_bytes)
             made = cls(path, key, fd, Commit(0, tuple(words), 1, 0, {}))
             try:
                 for _ in range(2):  # both slots are always whole
@@ -265,14 +265,21 @@ def _lock(fd: int, path: Path) -> None:
             return
 
 
-def _allocate(fd: int, size: int) -> None:
-    """Take the room on the disk now: a mapped page for which there is none later would end the process."""
+def allocate(fd: int, size: int, start: int = 0) -> None:
+    """Take the room on the disk now: a mapped page for which there is none later would end the process.
+
+    Args:
+        fd: a new file.
+        size: of the file.
+        start: where what needs room begins in it.
+    """
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, start, size - start)
         return
     zeros = memoryview(bytes(1 << 20))
-    for start in range(0, size, len(zeros)):
-        safeio.write(fd, zeros[: size - start])
+    os.lseek(fd, start, os.SEEK_SET)
+    for at in range(start, size, len(zeros)):
+        safeio.write(fd, zeros[: size - at])
 
 
 def _check(path: Path, key: StateKey, fd: int) -> Commit:

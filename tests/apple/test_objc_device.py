@@ -342,6 +342,28 @@ def test_the_train_verb(built: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path / "tmp") == []
 
 
+def test_the_check_verb(built: Path, tmp_path: Path) -> None:
+    """Layer by layer ``--device ane`` gives what ``--reference ane-sim`` gives: the simulator is behind it."""
+    words = ["--layer-by-layer", "--preset", "tiny", "--batch-size", "1", "--seq-len", "20", "--json", "o.json"]
+    command = [sys.executable, "-m", "anellm.check", *words, "--device", "ane"]
+    for reference in ("cpu", "ane-sim"):
+        done = subprocess.run(
+            [*command, "--reference", reference],
+            env=environment(built, tmp_path / "tmp"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        values = json.loads((tmp_path / "o.json").read_text())
+        assert (values["tested"], values["device"]) == ("ane, dynamic", "ane")
+        rows = [layer["forward"] for layer in values["layers"][1:-1]]
+        assert all((row["difference"] == 0) == (reference == "ane-sim") for row in rows)
+    assert left_in(tmp_path / "tmp") == []
+
+
 # ---- where there is no engine ------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,22 @@ QK_NORM = ModelConfig(
     tie_embeddings=False,
     qk_norm=True,
 )
-CONFIGS = {"mha": MHA, "gqa": GQA, "qk_norm": QK_NORM}
+GPT2 = ModelConfig(
+    arch="gpt2",
+    dim=48,
+    hidden_dim=110,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=12,
+    vocab_size=97,
+    padded_vocab_size=128,
+    max_seq_len=128,
+    bias=True,
+    gelu="tanh",
+)
+GPT2_PLAIN = GPT2.replace(hidden_dim=192, padded_vocab_size=97, bias=False, gelu="erf")
+CONFIGS = {"mha": MHA, "gqa": GQA, "qk_norm": QK_NORM, "gpt2": GPT2, "gpt2_plain": GPT2_PLAIN}
 # Evaluations of a layer, in order; those of backward go through the layers from the last to the first.
 FORWARD = {"ane": ["attn_fwd", "ffn_fwd"], "cpu": ["attn_scores", "attn_values", "wo_fwd", "ffn_fwd"]}
 BACKWARD = {
@@ -56,10 +71,12 @@ def batch(config: ModelConfig, B: int, T: int, seed: int = 0) -> tuple[np.ndarra
 
 
 def set_weights(model: Model) -> Model:
-    """Give a model weights as after some training: larger matrices, norms that are not 1."""
+    """Give a model weights as after some training: larger matrices, norms that are not 1, biases."""
     rng = np.random.default_rng(3)
     for tensor in model.tensors:
-        if tensor.kind == "vector":
+        if tensor.name.endswith(".bias"):
+            model.params[tensor.name][...] = rng.normal(0.0, 0.1, tensor.shape)
+        elif tensor.kind == "vector":
             model.params[tensor.name][...] = rng.uniform(0.5, 1.5, tensor.shape)
         else:
             model.params[tensor.name][...] *= 4

@@ -14,6 +14,7 @@ from anellm.ane_reference import (
     attention_values,
     ffn_forward,
     make_values,
+    mlp_forward,
     pack,
     scores,
     softmax,
@@ -31,7 +32,9 @@ __all__ = [
     "attention_values",
     "evaluate",
     "ffn_forward",
+    "gpt2",
     "make_values",
+    "mlp_forward",
     "model",
     "pack",
     "scores",
@@ -44,6 +47,13 @@ def model(dim: int, hidden: int, n_heads: int, n_kv_heads: int, head_dim: int, *
     return ModelConfig(
         dim=dim, hidden_dim=hidden, n_layers=1, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
         vocab_size=32, max_seq_len=4096, qk_norm=qk_norm, norm_eps=1e-6 if qk_norm else 1e-5,
+    )  # fmt: skip
+
+
+def gpt2(dim: int, hidden: int, n_heads: int, *, bias: bool, gelu: str) -> ModelConfig:
+    return ModelConfig(
+        arch="gpt2", dim=dim, hidden_dim=hidden, n_layers=1, n_heads=n_heads, n_kv_heads=n_heads,
+        head_dim=dim // n_heads, vocab_size=32, max_seq_len=4096, bias=bias, gelu=gelu,
     )  # fmt: skip
 
 

@@ -9,20 +9,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anereference import Arrays, Batch, attention_backward, attention_forward, evaluate, make_values, model
+from anereference import Arrays, Batch, attention_backward, attention_forward, evaluate, gpt2, make_values, model
 
 from anellm import mil, sim
-from anellm.ane_reference import ffn_backward, ffn_forward, matrices, program_inputs, program_outputs
+from anellm.ane_reference import (
+    ffn_backward,
+    ffn_forward,
+    gelu,
+    matrices,
+    mlp_backward,
+    mlp_forward,
+    program_inputs,
+    program_outputs,
+)
 from anellm.config import ModelConfig
 from anellm.errors import CompileError, InvalidError, UnsupportedError
 from anellm.mil import AneProgram, ane_programs, bake
+from anellm.model import Model
 from anellm.sim import Simulator, chip_names
 
 U = 2.0**-11
 BOUNDS = {
     "attn_fwd_static": {"y": 5, "attn": 5, "q": 3, "k": 3, "v": 2, "q_raw": 2, "k_raw": 2},
-    "ffn_fwd_static": {"y": 5, "gate": 2, "up": 2},
-    "ffn_bwd_static": {"dx": 5, "dgate": 5, "dup": 5},
+    "ffn_fwd_static": {"y": 5, "gate": 2, "up": 2, "pre": 2},
+    "ffn_bwd_static": {"dx": 5, "dgate": 5, "dup": 5, "dpre": 5},
     "sdpa_bwd1_static": {"dv": 3, "p": 3, "dp": 3},
     "qkv_bwd_static": {"dx": 2},
     "sdpa_bwd2": {"dq": 4, "dk": 4},
@@ -32,6 +42,8 @@ CASES = {
     "gqa-norm": Batch(model(48, 80, 6, 2, 22, qk_norm=True), 3, 41),  # padding
     "mqa": Batch(model(40, 56, 4, 1, 30), 2, 32),
     "one-head": Batch(model(24, 40, 1, 1, 6), 1, 7),
+    "gpt2": Batch(gpt2(48, 110, 4, bias=True, gelu="tanh"), 3, 41),
+    "gpt2-plain": Batch(gpt2(64, 256, 8, bias=False, gelu="erf"), 1, 64),
 }
 
 
@@ -71,6 +83,21 @@ def test_programs_of_stories110m(mac: str) -> None:
     check(Batch(model(768, 2048, 12, 12, 64), 1, 256), Simulator("m4", numerics="fast", mac=mac))
 
 
+@pytest.mark.parametrize("kind", ["tanh", "erf"])
+def test_slope_of_gelu_of_any_size(kind: str) -> None:
+    """dpre = slope * dact, of pre from -3000 to 3000: the slope is 0 and 1 there."""
+    batch = Batch(gpt2(64, 64, 2, bias=False, gelu=kind), 1, 32)
+    values = make_values(batch)
+    pre = np.linspace(-6.0, 6.0, 32 * 64).reshape(1, 32, 64)
+    pre[0, 0], pre[0, 1] = 3000.0, -3000.0
+    values |= {"pre": pre, "dy": np.ones((1, 32, 64)), "w2": np.eye(64)}
+    pre16 = pre.astype(np.float16).astype(np.float64)
+    found = evaluate(Simulator("m4", numerics="exact"), programs(batch, values)["ffn_bwd_static"], values, batch)[0]
+    # sums and products of fp16 near 1, and the fit (kernels/gelu.c)
+    assert np.abs(found["dpre"] - gelu(pre16, kind)[1]).max() <= 3 * U + (1.6e-4 if kind == "erf" else 0.0)
+    np.testing.assert_array_equal(found["dpre"][0, :2], [[1.0] * 64, [0.0] * 64])
+
+
 @pytest.mark.parametrize("absmax", [1e-1, 1e-5, 1e-8])
 def test_gradients_of_any_size_with_an_exponent(absmax: float) -> None:
     """In go d 2^e with the largest in [8, 16), out come gradients times 2^e; the second half takes the first's."""
@@ -94,18 +121,25 @@ def test_gradients_of_any_size_with_an_exponent(absmax: float) -> None:
     assert_close("sdpa_bwd2", run("sdpa_bwd2", p=first["p"], dp=first["dp"] * up), expected)
 
 
-def test_the_reference_of_the_mlp_by_finite_differences() -> None:
-    batch = CASES["one-head"]
+@pytest.mark.parametrize("case", ["one-head", "gpt2", "gpt2-plain"])
+def test_the_reference_of_the_mlp_by_finite_differences(case: str) -> None:
+    batch = CASES[case]
     values, g = make_values(batch), np.random.default_rng(5)
     dy, step = g.standard_normal(values["h"].shape), g.standard_normal(values["h"].shape)
-    found = ffn_backward({**values, **ffn_forward(values), "dy": dy})["dx"]
-    moved = [(ffn_forward({**values, "h": values["h"] + h * step})["y"] * dy).sum() for h in (1e-5, -1e-5)]
+    found = mlp_backward({**values, **mlp_forward(values, batch), "dy": dy}, batch)["dx"]
+    moved = [(mlp_forward({**values, "h": values["h"] + h * step}, batch)["y"] * dy).sum() for h in (1e-5, -1e-5)]
     assert (moved[0] - moved[1]) / 2e-5 == pytest.approx((found * step).sum(), rel=1e-6)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
-PRESETS = [("stories110m", 1, 256), ("stories260k", 2, 512), ("qwen3-0.6b", 1, 64)]
+PRESETS = [
+    ("gpt2", 4, 64),
+    ("gpt2-char", 12, 64),
+    ("stories110m", 1, 256),
+    ("stories260k", 2, 512),
+    ("qwen3-0.6b", 1, 64),
+]
 
 
 @pytest.mark.parametrize("shape", PRESETS, ids=lambda s: s[0])
@@ -118,7 +152,9 @@ def test_programs_compile_on_every_chip(shape: tuple[str, int, int]) -> None:
     assert [p.name for p in used] == [
         "sdpa_bwd2", "attn_fwd_static", "ffn_fwd_static", "ffn_bwd_static", "sdpa_bwd1_static", "qkv_bwd_static",
     ]  # fmt: skip
-    assert [len(p.weights) for p in used] == [0, 4 if config.qk_norm else 2, 3, 3, 1, 1]
+    of_attention = 2 + (2 if config.qk_norm else 0) + (1 if config.bias else 0)
+    of_mlp = 3 if config.arch == "llama" or config.bias else 2
+    assert [len(p.weights) for p in used] == [0, of_attention, of_mlp, of_mlp, 1, 1]
     assert sum(p.used(training=False, softmax="ane", mode="static") for p in found) == 2
     for chip in chip_names():
         for program in used:
@@ -223,6 +259,26 @@ def test_dump_of_a_layer_of_a_model(tmp_path: Path, data_dir: Path, capsys: pyte
     assert mil.main([*flags, "--out", str(tmp_path / "x"), "--ane-softmax", "cpu"]) == 2
     assert "--ane-softmax: expected ane with --ane-mode static, found cpu" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_dump_of_a_layer_of_a_gpt2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig.from_preset("gpt2-char", vocab_size=65, bias=True, n_layers=2)
+    model = Model(config, "cpu", seed=4)
+    model.params["transformer.h.1.attn.c_attn.bias"][...] = np.arange(384) / 256.0
+    model.save_pretrained(tmp_path / "m", format="hf")
+    flags = ["dump", "--model", str(tmp_path / "m"), "--ane-mode", "static", "--seq-len", "32", "--layer", "1"]
+    assert mil.main([*flags, "--out", str(tmp_path / "d")]) == 0
+    capsys.readouterr()
+    weights = tmp_path / "d" / "weights"
+    for file, name in (("bqkv", "attn.c_attn.bias"), ("b1", "mlp.c_fc.bias"), ("w1", "mlp.c_fc.weight")):
+        found, expected = (
+            np.fromfile(weights / f"{file}.bin", np.float16, offset=128),
+            model.params[f"transformer.h.1.{name}"],
+        )
+        np.testing.assert_array_equal(found, expected.astype(np.float16).reshape(-1))
+    assert not (weights / "w3.bin").exists()
+    for path in (tmp_path / "d").glob("*.mil"):
+        assert sim.main(["lint", str(path), "--weights", str(weights), "--chip", "m3ultra"]) == 0
 
 
 def test_dump_of_a_shape_has_weights_of_zeros(tmp_path: Path) -> None:

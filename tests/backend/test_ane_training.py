@@ -36,7 +36,7 @@ def train(model: Model, steps: int, *, first: int = 0, optimizer: AdamW | None =
 def test_twenty_steps_lose_as_on_the_cpu(name: str, softmax: str) -> None:
     expected = train(cpu_model(CONFIGS[name]), 20)
     found = train(sim_model(CONFIGS[name], softmax=softmax, numerics="fast"), 20)
-    assert expected[-1] < 0.7 * expected[0]
+    assert expected[-1] < (0.75 if name == "gpt2" else 0.7) * expected[0]  # its six batches take longer to learn
     np.testing.assert_allclose(found, expected, rtol=0.01)
 
 

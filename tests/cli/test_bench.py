@@ -78,13 +78,16 @@ def test_what_stands_alone_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["stp"], "WHAT: expected one of step, kernels, decode, load, matmul-ladder, found 'stp'"),
+        (["stp"], "WHAT: expected one of step, kernels, decode, load, matmul-ladder, step-ladder, found 'stp'"),
         (["step", "load"], "unexpected argument 'load'"),
         (["--what", "step"], "unknown flag --what"),
         (["--compare", "torhc"], "--compare: unknown peer 'torhc'; did you mean torch?"),
         (["--compare", "numpy,jaxx"], "--compare: unknown peer 'jaxx'; did you mean jax?"),
         (["--seq-len", "4096"], "--seq-len: expected at most the model's longest, 1024, found 4096"),
         (["matmul-ladder", "--figure", "x.png"], "--figure: expected a name that ends in .svg, found 'x.png'"),
+        (["step", "--figure", "x.svg"], "--figure: only for matmul-ladder and step-ladder, found step"),
+        (["step-ladder", "--figure", "x"], "--figure: expected a name that ends in .svg, found 'x'"),
+        (["step-ladder", "--dtype", "bf16"], "--dtype: step-ladder measures fp32 and, where the CPU has it, bf16"),
         (["load", "--runc", "x"], "--runc: only for decode, found load"),
         (["decode", "--tokens", "1024"], "--tokens: expected less than the model's longest, 1024, found 1024"),
         (["--torch-python", "/no/such", "--compare", "torch"], "torch: cannot run /no/such: No such file"),
@@ -115,13 +118,18 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["peers"] == found["ratio"] == found["missing"] == {}
     flops = ModelConfig.from_preset("stories260k", vocab_size=96).flops_per_token(8) * 8
     assert found["flops"] == flops
-    assert found["gflops"] == pytest.approx(flops / ours["ms"] / 1e6)
+    assert found["gflops"] == ours["gflops"] == pytest.approx(flops / ours["ms"] / 1e6)
+    assert ours["iterations_per_s"] == pytest.approx(1e3 / ours["ms"])
+    assert ours["tokens_per_s"] == pytest.approx(8e3 / ours["ms"])
     assert found["fraction_of_peak"] == pytest.approx(found["gflops"] / found["peak_gflops"])
     assert found["peak_gflops"] > 0
     assert found["machine"]["cpu_variant"] == text(lib.anellm_cpu_variant())
     assert len(found["first_losses"]["anellm"]) == 3
     out = capsys.readouterr().out
-    assert "tokens/s" in out
+    head = out.splitlines()[0].split()
+    assert head[:6] == ["ms", "least", "it/s", "tokens/s", "GFLOP/s", "MiB"]
+    assert float(out.splitlines()[1].split()[5]) == pytest.approx(ours["gflops"], abs=0.051)
+    assert "6 operations for each weight" in out
     assert f"peak of {found['peak_tier']}" in out
 
 
@@ -152,8 +160,11 @@ def test_summary_of_a_race() -> None:
         "anellm": {"ms": [4.0, 2.0, 3.0], "rss_mib": 10.0},
         "torch": {"ms": [9.0, 5.0, 6.0, 7.0], "rss_mib": 20.0},
     }
-    found = bench_step.summarise(times, flops=3e6, peak=2.0)
-    assert found["anellm"] == {"ms": 3.0, "min_ms": 2.0, "rss_mib": 10.0, "timed_steps": 3}
+    found = bench_step.summarise(times, n_tokens=6, flops=3e6, peak=2.0)
+    assert found["anellm"] == {
+        "ms": 3.0, "min_ms": 2.0, "rss_mib": 10.0, "timed_steps": 3, "iterations_per_s": 1e3 / 3, "tokens_per_s": 2e3,
+        "gflops": 1.0,
+    }  # fmt: skip
     assert found["peers"]["torch"]["ms"] == 6.5
     assert found["ratio"] == {"torch": 6.5 / 3.0}
     assert found["ratio_of_minima"] == {"torch": 2.5}
@@ -162,8 +173,15 @@ def test_summary_of_a_race() -> None:
     assert found["fraction_of_peak_of_minimum"] == 0.75
 
 
+def test_targets_are_the_next_tokens_of_a_circle(tmp_path: Path) -> None:
+    found = bench_step.step_job(job("--batch-size", "3"), tmp_path)
+    tokens, targets = ([x for row in found[name] for x in row] for name in ("tokens", "targets"))
+    assert len(tokens) == 24
+    assert targets == [*tokens[1:], tokens[0]]
+
+
 def test_contenders_must_compute_the_same(tmp_path: Path) -> None:
-    race = bench_step._Race(job(), tmp_path)
+    race = bench_step.Race(job(), tmp_path)
     try:
         race.enter(bench_peers.Contender("anellm", "anellm"))
         race.enter(bench_peers.Contender("twin", "anellm"))
@@ -183,7 +201,7 @@ def test_contenders_must_compute_the_same(tmp_path: Path) -> None:
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
-    race = bench_step._Race(job(), tmp_path)
+    race = bench_step.Race(job(), tmp_path)
     with pytest.raises(bench_peers.ChildError, match="broken: ConfigError: dim: expected"):
         race.enter(bench_peers.Contender("broken", "anellm", options={"config": {**race.common["config"], "dim": 0}}))
     with pytest.raises(bench_peers.ChildError, match="gone: its process ended: out of luck"):
@@ -352,6 +370,8 @@ def test_chart_escapes_its_texts() -> None:
     assert 'a < b & "c"' in texts
     assert "<n>" in texts
     assert "limit > all: 2 x/s" in texts
+    long = ET.fromstring(bench_svg.bar_chart("t", "u", [("n" * 40, 1.0, "")], 2.0, "limit"))
+    assert float(long.findall("{*}rect")[1].attrib["x"]) > 40 * 6 > float(root.findall("{*}rect")[1].attrib["x"])
     assert bench_svg.bar_chart("t", "u", [], 0.0, "none").endswith("</svg>\n")
 
 

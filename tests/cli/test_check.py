@@ -171,7 +171,7 @@ def test_names_of_llmc() -> None:
 
 def test_what_is_not_finite_is_not_ok() -> None:
     ones = np.ones(3, np.float32)
-    assert check.compare("x", ones, ones, 1e-4) == ("x", 0.0, 1.0, True)
+    assert check.compare("x", ones, ones, 1e-4) == ("x", 0.0, 1.0, 0.0, pytest.approx(1.0), True)
     assert not check.compare("x", np.array([1, np.nan, 1], np.float32), ones, 1e-4).ok
     assert not check.compare("x", np.array([1, np.inf, 1], np.float32), ones, 1e-4).ok
     zeros = np.zeros(3, np.float32)

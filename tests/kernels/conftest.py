@@ -12,7 +12,8 @@ from anellm._ffi import check, lib, text
 TIERS = text(lib.anellm_cpu_variants()).split(",")
 # The others have the kernels of avx512, but for the engine of the bf16 product.
 FP32_TIERS = [tier for tier in TIERS if tier not in {"avx512bf16", "amx"}]
-ENGINES = [(tier, "fp32") for tier in FP32_TIERS] + [(tier, "bf16") for tier in TIERS]
+# naive has but an fp32 product, and is not among the tiers that are listed.
+ENGINES = [("naive", "fp32")] + [(tier, "fp32") for tier in FP32_TIERS] + [(tier, "bf16") for tier in TIERS]
 
 
 @contextmanager

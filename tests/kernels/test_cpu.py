@@ -14,7 +14,7 @@ from reference import assert_refused
 
 from anellm._ffi import check, ffi, lib, text
 
-KNOWN = ("portable", "neon", "vdsp", "avx2", "avx512", "avx512bf16", "amx")
+KNOWN = ("portable", "neon", "vdsp", "avx2", "avx512", "avx512bf16", "amx", "naive")
 VARIANTS = text(lib.anellm_cpu_variants()).split(",")
 
 PROBE = """
@@ -56,6 +56,14 @@ def test_each_tier_can_be_forced_and_auto_is_the_best(tier: str) -> None:
     assert text(lib.anellm_cpu_variant()) == VARIANTS[0]
 
 
+def test_naive_is_in_force_only_where_it_is_named(variant: str) -> None:
+    assert "naive" not in VARIANTS
+    check(lib.anellm_cpu_set_variant(b"naive"))
+    assert text(lib.anellm_cpu_variant()) == "naive"
+    check(lib.anellm_cpu_set_variant(b"auto"))
+    assert text(lib.anellm_cpu_variant()) == VARIANTS[0]
+
+
 def test_an_unknown_tier_names_the_known_ones(variant: str) -> None:
     for name in (b"", b"sse9", b"AVX2", b"auto ", b"x" * 4000):
         assert_refused(lib.anellm_cpu_set_variant(name), lib.ANELLM_INVALID, "anellm_cpu_set_variant", "auto", *KNOWN)
@@ -63,7 +71,7 @@ def test_an_unknown_tier_names_the_known_ones(variant: str) -> None:
     assert_refused(lib.anellm_cpu_set_variant(ffi.NULL), lib.ANELLM_INVALID, "name is NULL")
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN if name not in VARIANTS])
+@pytest.mark.parametrize("name", [name for name in KNOWN if name not in (*VARIANTS, "naive")])
 def test_a_tier_that_is_not_here_says_why(variant: str, name: str) -> None:
     has = name in text(lib.anellm_cpu_features()).split(",")
     words = ("this build",) if has else ("feature", name)
@@ -93,7 +101,7 @@ def test_environment_default_is_the_best(value: str | None) -> None:
     assert probe(value) == (lib.ANELLM_OK, VARIANTS[0], "")
 
 
-@pytest.mark.parametrize("value", VARIANTS)
+@pytest.mark.parametrize("value", [*VARIANTS, "naive"])
 def test_environment_forces_a_tier(value: str) -> None:
     assert probe(value) == (lib.ANELLM_OK, value, "")
 
@@ -104,7 +112,7 @@ def test_a_bad_environment_is_reported_and_acts_as_auto() -> None:
     assert "ANELLM_CPU" in said
     assert '"fastest"' in said
     assert all(name in said for name in KNOWN)
-    missing = next(name for name in KNOWN if name not in VARIANTS)
+    missing = next(name for name in KNOWN if name not in (*VARIANTS, "naive"))
     status, tier, said = probe(missing)
     assert (status, tier) == (lib.ANELLM_UNAVAILABLE, VARIANTS[0])
     assert "ANELLM_CPU" in said

@@ -66,7 +66,7 @@ def test_variants_are_ranked_and_name_their_features() -> None:
     ranks = set(re.findall(r"ANELLM_RANK_(\w+) =", (KERNELS / "dispatch.h").read_text(encoding="utf-8")))
     for kernel, variant, features in rows():
         assert variant in ranks, f"{kernel}: no rank for {variant}"
-        assert (features.strip() == "0") == (variant == "portable"), f"{kernel}__{variant}"
+        assert (features.strip() == "0") == (variant in ("portable", "naive")), f"{kernel}__{variant}"
 
 
 def test_every_kernel_is_called_through_the_table() -> None:
@@ -79,4 +79,4 @@ def test_the_tiers_offered_are_those_with_rows() -> None:
     features = set(text(lib.anellm_cpu_features()).split(","))
     needed = {"ANELLM_CPU_" + name.upper() for name in features}
     runnable = {variant for _, variant, needs in rows() if needs == "0" or set(needs.split(" | ")) <= needed}
-    assert set(text(lib.anellm_cpu_variants()).split(",")) == runnable
+    assert set(text(lib.anellm_cpu_variants()).split(",")) == runnable - {"naive"}

@@ -340,20 +340,15 @@ def test_a_compact_vocabulary(config: ModelConfig) -> None:
     assert not compact.grads[WTE][61:].any()
 
 
-def test_the_neural_engine_is_refused(config: ModelConfig) -> None:
-    with pytest.raises(errors.UnsupportedError, match="GPT-2 has no Neural Engine programs: use the device cpu"):
-        Model(config, "ane-sim")
-    model = make(config)
-    loss = model.forward(*batch(config, 1, 5))
-    with pytest.raises(errors.UnsupportedError, match="GPT-2"):
-        model.to("ane-sim")
-    assert model.device == "cpu"
-    assert model.forward(*batch(config, 1, 5)) == loss
+def test_to_the_neural_engine_and_back(config: ModelConfig) -> None:
+    model, tokens = make(config), batch(config, 2, 9)
+    expected = model.forward(*tokens)
     for mode in MODES:
-        with pytest.raises(errors.UnsupportedError, match="GPT-2"):
-            model.to("ane-sim", AneOptions(mode=mode))
-        with pytest.raises(errors.UnsupportedError, match="GPT-2"):
-            memory(config, 1, 32, training=True, ane=AneOptions(mode=mode))
+        model.to("ane-sim", AneOptions(mode=mode))
+        assert model.forward(*tokens) == pytest.approx(expected, rel=2e-3)
+        model.to("cpu")
+        assert model.forward(*tokens) == expected
+        assert memory(config, 2, 9, training=True, ane=AneOptions(mode=mode)).total_bytes > 0
 
 
 def test_memory_forecast(config: ModelConfig) -> None:

@@ -35,6 +35,10 @@ TINY = ModelConfig.from_preset("tiny")
 GQA = ModelConfig(
     dim=96, hidden_dim=200, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=999, max_seq_len=96, qk_norm=True
 )
+GPT2 = ModelConfig(
+    arch="gpt2", dim=48, hidden_dim=110, n_layers=3, n_heads=4, vocab_size=97, padded_vocab_size=128, max_seq_len=96,
+    bias=True,
+)  # fmt: skip
 OWN = ("weights", "gradients", "AdamW moments", "activations kept for backward", "inputs of layers kept for backward",
        "activations of the segment at work", "boundary activations", "classifier", "workspace")  # fmt: skip
 
@@ -54,7 +58,7 @@ def load(
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [TINY, GQA, ModelConfig.from_preset("stories15m")])
+@pytest.mark.parametrize("config", [TINY, GQA, GPT2, ModelConfig.from_preset("stories15m")])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 33), (64, 96)])
 @pytest.mark.parametrize("policy", ["all", "boundary", "sqrt", "every:2", "every:9", "none"])
 def test_with_one_group_it_is_the_memory_of_the_model(config: ModelConfig, shape: tuple[int, int], policy: str) -> None:
@@ -107,7 +111,7 @@ def test_kinds_are_never_negative_and_grow_with_the_batch(n_layers: int, policy:
     assert (more == small) if one_group else all(small[name] <= more[name] for name in small)
 
 
-@pytest.mark.parametrize("config", [TINY, GQA])
+@pytest.mark.parametrize("config", [TINY, GQA, GPT2])
 def test_buffers_and_surfaces_are_those_of_the_engine(config: ModelConfig) -> None:
     """What a model on ane-sim takes, whose weights lie in surfaces, less the weights."""
     work = load(config)
@@ -130,7 +134,7 @@ def test_buffers_and_surfaces_are_those_of_the_engine(config: ModelConfig) -> No
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [TINY, GQA])
+@pytest.mark.parametrize("config", [TINY, GQA, GPT2])
 def test_operations_are_those_that_a_run_counts(config: ModelConfig) -> None:
     model = Model(config, "ane-sim", seed=1)
     tokens = np.arange(2 * 64, dtype=np.int32).reshape(2, 64) % config.vocab_size

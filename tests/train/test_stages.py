@@ -144,11 +144,12 @@ def test_a_compact_vocabulary(config: ModelConfig) -> None:
     assert np.array_equal(found, expected)
 
 
-def test_on_the_simulated_engine_too() -> None:
-    losses, expected = whole(make_model(device="ane-sim"), 1)
-    found_losses, found = staged(make_model(device="ane-sim"), 1, (0,))
+@pytest.mark.parametrize("config", [SHAPE, GPT2], ids=["llama", "gpt2"])
+def test_on_the_simulated_engine_too(config: ModelConfig) -> None:
+    losses, expected = whole(make_model(config, device="ane-sim"), 1)
+    found_losses, found = staged(make_model(config, device="ane-sim"), 1, (0,))
     assert (found_losses, found.tobytes()) == (losses, expected.tobytes())
-    found_losses, found = staged(make_model(device="ane-sim"), 1, (0, 2))
+    found_losses, found = staged(make_model(config, device="ane-sim"), 1, (0, 2))
     assert found_losses == losses
     scale = np.abs(expected).max()
     assert np.abs(found - expected).max() < 0.02 * scale  # the way there was computed twice, with other powers of two

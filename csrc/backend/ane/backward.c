@@ -1,5 +1,5 @@
-/* Backward blocks: gradients of activations on the device, scaled; those of weights as jobs beside it; norms, rotation
- * and SwiGLU on the CPU in fp32. */
+/* Backward blocks: gradients of activations on the device, scaled; those of weights as jobs beside it; norms, rotation,
+ * the activation and biases on the CPU in fp32. */
 #include "backend/ane/blocks.h"
 #include "backend/ane/softmax.h"
 #include "core/status.h"
@@ -16,7 +16,7 @@ struct work {
     const struct anellm_step *step;
     const struct anellm_layer_weights *w;
     const struct anellm_layer_saved *saved;
-    int64_t N, dim, hidden, q, kv;
+    int64_t N, dim, hidden, width, q, kv; /* width: of saved->gate_up */
     const float *dx;               /* (N, dim) gradient of the block's output */
     float *dy, *act, *h_mlp;       /* (N, dim), (N, hidden), (N, dim): read by dw_down, dw_down, dw_gate_up */
     float *dmid, *dqkv, *h_attn;   /* (N, dim), (N, q + 2 kv), (N, dim): read by dw_wo, dw_qkv, dw_qkv */
@@ -30,7 +30,8 @@ static struct work make_work(struct anellm_ane_engine *engine, const struct anel
                              const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     const anellm_config *c = step->config;
     struct work k = {.engine = engine, .step = step, .w = w, .saved = saved, .N = step->B * step->T, .dim = c->dim,
-                     .hidden = c->hidden_dim, .q = anellm_q_dim(c), .kv = anellm_kv_dim(c), .dx = dx};
+                     .hidden = c->hidden_dim, .width = anellm_gate_up_dim(c), .q = anellm_q_dim(c),
+                     .kv = anellm_kv_dim(c), .dx = dx};
     const int given = engine->options.softmax_cpu, is_static = anellm_ane_is_static(engine);
     k.sdpa1 = given ? ANELLM_ANE_SDPA_BWD1_GIVEN : is_static ? ANELLM_ANE_SDPA_BWD1_STATIC : ANELLM_ANE_SDPA_BWD1;
     k.qkv_bwd = is_static ? ANELLM_ANE_QKV_BWD_STATIC : ANELLM_ANE_QKV_BWD;
@@ -133,7 +134,7 @@ static int read_dact(struct work *k, int exponent, int64_t *n_inf) {
 static int write_dgate_up(struct work *k, struct anellm_ane_scale *scale) {
     const struct anellm_ane_place dgate_up = place_in(k, ANELLM_ANE_FFN_BWD_W13, "dgate_up");
     ANELLM_TRY(anellm_ane_stage(k->engine, dgate_up.id, dgate_up.layer, k->w));
-    return put_scaled(k, scale, ANELLM_ANE_SCALE_DGATE_UP, &dgate_up, k->saved->gate_up, 2 * k->hidden);
+    return put_scaled(k, scale, ANELLM_ANE_SCALE_DGATE_UP, &dgate_up, k->saved->gate_up, k->width);
 }
 
 static int read_dx_mlp(struct work *k, int exponent, int64_t *n_inf) {
@@ -144,12 +145,12 @@ static int read_dx_mlp(struct work *k, int exponent, int64_t *n_inf) {
 /* All of it in one program. */
 static int write_ffn(struct work *k, struct anellm_ane_scale *scale) {
     const struct anellm_ane_place dy = place_in(k, ANELLM_ANE_FFN_BWD_STATIC, "dy");
-    const char *const names[2] = {"gate", "up"};
+    const struct anellm_ane_mlp_fields *fields = anellm_ane_mlp_fields(k->step->config);
     ANELLM_TRY(anellm_ane_stage(k->engine, dy.id, dy.layer, k->w));
-    for (int i = 0; i < 2 && !k->gate_up_there; ++i) {
-        const struct anellm_ane_place place = place_in(k, ANELLM_ANE_FFN_BWD_STATIC, names[i]);
+    for (int i = 0; i < fields->n && !k->gate_up_there; ++i) {
+        const struct anellm_ane_place place = place_in(k, ANELLM_ANE_FFN_BWD_STATIC, fields->values[i]);
         float most = 0.0f;
-        ANELLM_TRY(anellm_ane_put(k->engine, &place, k->saved->gate_up + i * k->hidden, 2 * k->hidden, 0, &most));
+        ANELLM_TRY(anellm_ane_put(k->engine, &place, k->saved->gate_up + i * k->hidden, k->width, 0, &most));
         if (!(most <= ANELLM_ANE_HALF_MAX)) return anellm_ane_too_large(&place, most);
     }
     k->gate_up_there = 1; /* a repetition has them: what comes out goes where they were */
@@ -158,11 +159,12 @@ static int write_ffn(struct work *k, struct anellm_ane_scale *scale) {
 
 static int read_ffn(struct work *k, int exponent, int64_t *n_inf) {
     const struct anellm_ane_place dx = place_out(k, ANELLM_ANE_FFN_BWD_STATIC, "dx");
-    const struct anellm_ane_place dgate = place_out(k, ANELLM_ANE_FFN_BWD_STATIC, "dgate");
-    const struct anellm_ane_place dup = place_out(k, ANELLM_ANE_FFN_BWD_STATIC, "dup");
-    float *dgate_up = k->saved->gate_up;
-    ANELLM_TRY(anellm_ane_get(k->engine, dgate_up, 2 * k->hidden, &dgate, -exponent, 0, n_inf));
-    ANELLM_TRY(anellm_ane_get(k->engine, dgate_up + k->hidden, 2 * k->hidden, &dup, -exponent, 0, n_inf));
+    const struct anellm_ane_mlp_fields *fields = anellm_ane_mlp_fields(k->step->config);
+    for (int i = 0; i < fields->n; ++i) {
+        const struct anellm_ane_place place = place_out(k, ANELLM_ANE_FFN_BWD_STATIC, fields->gradients[i]);
+        float *at = k->saved->gate_up + i * k->hidden;
+        ANELLM_TRY(anellm_ane_get(k->engine, at, k->width, &place, -exponent, 0, n_inf));
+    }
     return anellm_ane_get(k->engine, k->step->workspace->h, k->dim, &dx, -exponent, 0, n_inf);
 }
 
@@ -179,9 +181,9 @@ static int dgate_up_of_dy(struct work *k) {
     static const struct pass w2 = {ANELLM_ANE_FFN_BWD_W2, ANELLM_ANE_SCALE_DY, write_dy, read_dact};
     ANELLM_TRY(run_pass(k, &w2));
     const int64_t start = anellm_trace_begin();
-    ANELLM_TRY(anellm_swiglu_backward(k->saved->gate_up, k->step->workspace->scratch_a, k->saved->gate_up, k->N,
-                                      k->hidden));
-    anellm_trace_end(start, "swiglu", ANELLM_TRACE_CALLER, k->step->layer);
+    ANELLM_TRY(anellm_cpu_activation_backward(k->step->config, k->saved->gate_up, k->step->workspace->scratch_a,
+                                              k->w->gate_up_bias, k->N));
+    anellm_trace_end(start, "activation", ANELLM_TRACE_CALLER, k->step->layer);
     return ANELLM_OK;
 }
 
@@ -191,6 +193,7 @@ int anellm_ane_mlp_backward(void *state, const struct anellm_step *step, float *
     static const struct pass w13 = {ANELLM_ANE_FFN_BWD_W13, ANELLM_ANE_SCALE_DGATE_UP, write_dgate_up, read_dx_mlp};
     static const struct pass ffn = {ANELLM_ANE_FFN_BWD_STATIC, ANELLM_ANE_SCALE_DY, write_ffn, read_ffn};
     struct anellm_ane_engine *engine = state;
+    const anellm_config *c = step->config;
     if (anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_MLP_BACKWARD))
         return anellm_ane_cpu_mlp_backward(engine, step, dx, dw, w, saved);
     struct work k = make_work(engine, step, dx, w, saved);
@@ -199,21 +202,22 @@ int anellm_ane_mlp_backward(void *state, const struct anellm_step *step, float *
     anellm_ane_jobs_wait(&engine->jobs, ANELLM_ANE_DW_DOWN);
     int64_t start = anellm_trace_begin();
     memcpy(k.dy, dx, (size_t)(k.N * k.dim) * sizeof(float)); /* dx itself changes before the job is through */
-    ANELLM_TRY(anellm_swiglu_forward(k.act, saved->gate_up, k.N, k.hidden));
-    anellm_trace_end(start, "swiglu", ANELLM_TRACE_CALLER, step->layer);
+    ANELLM_TRY(anellm_cpu_activation_forward(c, k.act, saved->gate_up, w->gate_up_bias, k.N));
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->down_bias, dx, k.N, k.dim));
+    anellm_trace_end(start, "activation", ANELLM_TRACE_CALLER, step->layer);
     submit(&k, ANELLM_ANE_DW_DOWN, dw->down, k.dy, k.dim, k.act, k.hidden);
     ANELLM_TRY(is_static ? run_pass(&k, &ffn) : dgate_up_of_dy(&k));
 
     anellm_ane_jobs_wait(&engine->jobs, ANELLM_ANE_DW_GATE_UP);
     start = anellm_trace_begin();
-    ANELLM_TRY(anellm_rmsnorm_forward(k.h_mlp, k.dim, NULL, saved->mid, k.dim, w->mlp_norm, k.N, k.dim,
-                                      step->config->norm_eps));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, k.h_mlp, NULL, NULL, saved->mid, w->mlp_norm, w->mlp_norm_bias, k.N));
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->gate_up_bias, saved->gate_up, k.N, k.width));
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
-    submit(&k, ANELLM_ANE_DW_GATE_UP, dw->gate_up, saved->gate_up, 2 * k.hidden, k.h_mlp, k.dim);
+    submit(&k, ANELLM_ANE_DW_GATE_UP, dw->gate_up, saved->gate_up, k.width, k.h_mlp, k.dim);
     if (!is_static) ANELLM_TRY(run_pass(&k, &w13));
     start = anellm_trace_begin();
-    ANELLM_TRY(anellm_rmsnorm_backward(dx, k.dim, dw->mlp_norm, step->workspace->h, k.dim, saved->mid, k.dim,
-                                       w->mlp_norm, saved->mlp_rstd, k.N, k.dim, 1));
+    ANELLM_TRY(anellm_cpu_norm_backward(c, dx, dw->mlp_norm, dw->mlp_norm_bias, step->workspace->h, saved->mid,
+                                        w->mlp_norm, saved->mlp_mean, saved->mlp_rstd, k.N, 1));
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
     return ANELLM_OK;
 }
@@ -341,19 +345,22 @@ int anellm_ane_attention_backward(void *state, const struct anellm_step *step, f
 
     anellm_ane_jobs_wait(&engine->jobs, ANELLM_ANE_DW_WO);
     memcpy(k.dmid, dx, (size_t)(k.N * k.dim) * sizeof(float));
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->wo_bias, dx, k.N, k.dim));
     submit(&k, ANELLM_ANE_DW_WO, dw->wo, k.dmid, k.dim, saved->attn, k.q);
     ANELLM_TRY(sdpa_backward(&k));
     int64_t start = anellm_trace_begin();
-    ANELLM_TRY(anellm_rope_backward(k.dqkv, ld, step->rope_cos, step->rope_sin, step->B, step->T,
-                                    c->n_heads + c->n_kv_heads, c->head_dim));
+    if (step->rope_cos != NULL)
+        ANELLM_TRY(anellm_rope_backward(k.dqkv, ld, step->rope_cos, step->rope_sin, step->B, step->T,
+                                        c->n_heads + c->n_kv_heads, c->head_dim));
     if (c->qk_norm) ANELLM_TRY(anellm_cpu_qk_norm_backward(k.dqkv, ld, dw, c, k.N, w, saved));
-    ANELLM_TRY(anellm_rmsnorm_forward(k.h_attn, k.dim, NULL, saved->x, k.dim, w->attn_norm, k.N, k.dim, c->norm_eps));
-    anellm_trace_end(start, "rope", ANELLM_TRACE_CALLER, step->layer);
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->qkv_bias, k.dqkv, k.N, ld));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, k.h_attn, NULL, NULL, saved->x, w->attn_norm, w->attn_norm_bias, k.N));
+    anellm_trace_end(start, step->rope_cos == NULL ? "norm" : "rope", ANELLM_TRACE_CALLER, step->layer);
     submit(&k, ANELLM_ANE_DW_QKV, dw->qkv, k.dqkv, ld, k.h_attn, k.dim);
     ANELLM_TRY(run_pass(&k, &qkv));
     start = anellm_trace_begin();
-    ANELLM_TRY(anellm_rmsnorm_backward(dx, k.dim, dw->attn_norm, h, k.dim, saved->x, k.dim, w->attn_norm,
-                                       saved->attn_rstd, k.N, k.dim, 1));
+    ANELLM_TRY(anellm_cpu_norm_backward(c, dx, dw->attn_norm, dw->attn_norm_bias, h, saved->x, w->attn_norm,
+                                        saved->attn_mean, saved->attn_rstd, k.N, 1));
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
     return ANELLM_OK;
 }

@@ -25,7 +25,7 @@ void anellm_ane_release(struct anellm_ane_engine *engine, struct anellm_ane_own 
 /* All that a static program may ask for, by the name of its file. */
 static struct anellm_ane_weights list_weights(const anellm_config *c, const struct anellm_layer_weights *w) {
     const int64_t dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), qkv = q + 2 * anellm_kv_dim(c);
-    const float *w3 = w->gate_up + hidden * dim;
+    const float *w3 = c->arch == ANELLM_ARCH_GPT2 ? NULL : w->gate_up + hidden * dim;
     return (struct anellm_ane_weights){
         .n = ANELLM_ANE_N_MATRICES,
         .list = {{"wqkv", w->qkv, qkv, dim, 0, 0},        {"wqkv_t", w->qkv, qkv, dim, 1, 0},
@@ -33,7 +33,8 @@ static struct anellm_ane_weights list_weights(const anellm_config *c, const stru
                  {"w1", w->gate_up, hidden, dim, 0, 0},   {"w1_t", w->gate_up, hidden, dim, 1, 0},
                  {"w3", w3, hidden, dim, 0, 0},           {"w3_t", w3, hidden, dim, 1, 0},
                  {"w2", w->down, dim, hidden, 0, 0},      {"w2_t", w->down, dim, hidden, 1, 0},
-                 {"q_norm", w->q_norm, 1, c->head_dim, 0, 0}, {"k_norm", w->k_norm, 1, c->head_dim, 0, 0}}};
+                 {"q_norm", w->q_norm, 1, c->head_dim, 0, 0}, {"k_norm", w->k_norm, 1, c->head_dim, 0, 0},
+                 {"bqkv", w->qkv_bias, 1, qkv, 0, 0},     {"b1", w->gate_up_bias, 1, hidden, 0, 0}}};
 }
 
 /* The matrix that y is linear in, and the boundary of its scale; NULL: there is none, or without scaling. */

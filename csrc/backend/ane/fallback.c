@@ -74,7 +74,8 @@ static double attention_flops(const struct anellm_step *step) {
 }
 
 static double mlp_flops(const struct anellm_step *step) {
-    return 2.0 * (double)(step->B * step->T) * step->config->dim * 3.0 * step->config->hidden_dim;
+    return 2.0 * (double)(step->B * step->T) * step->config->dim *
+           (double)(anellm_gate_up_dim(step->config) + step->config->hidden_dim);
 }
 
 int anellm_ane_cpu_attention_forward(struct anellm_ane_engine *engine, const struct anellm_step *step, float *mid,

@@ -6,7 +6,6 @@
 #include "core/trace.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 /* The normed input h (N, dim) into the program's first field. */
@@ -16,13 +15,14 @@ static int put_input(struct anellm_ane_engine *engine, const struct anellm_ane_p
     return most <= ANELLM_ANE_HALF_MAX ? ANELLM_OK : anellm_ane_too_large(place, most);
 }
 
-/* One program that ends in y: out (N, dim) = residual + y. y comes times the power of two that its last matrix was
- * staged (or baked) with; when it overflows, the matrix is staged smaller and the evaluation repeated, once. */
+/* One program that ends in y: out (N, dim) = residual + y, + bias where there is one. y comes times the power of two
+ * that its last matrix was staged (or baked) with; when it overflows, the matrix is staged smaller and the evaluation
+ * repeated, once. */
 struct tail {
     int id, boundary;
     int64_t layer;
     const struct anellm_layer_weights *w;
-    const float *residual;
+    const float *residual, *bias;
     float *out;
 };
 
@@ -34,7 +34,10 @@ static int evaluate_tail(struct anellm_ane_engine *engine, const struct tail *t,
         int64_t n_inf = 0;
         ANELLM_TRY(anellm_ane_stage(engine, t->id, t->layer, t->w));
         ANELLM_TRY(anellm_ane_run(engine, t->id, t->layer));
-        memcpy(t->out, t->residual, (size_t)(N * dim) * sizeof(float));
+        if (t->bias == NULL)
+            memcpy(t->out, t->residual, (size_t)(N * dim) * sizeof(float));
+        else
+            ANELLM_TRY(anellm_bias_forward(t->out, dim, t->residual, dim, t->bias, N, dim));
         ANELLM_TRY(anellm_ane_get(engine, t->out, dim, &y, engine->options.scaling ? -scale->exponent : 0, 1, &n_inf));
         if (n_inf == 0) {
             /* Baked, it stays low: each way costs a compile, and a run must not depend on when it was restarted. */
@@ -69,10 +72,7 @@ static int copy_taps(struct anellm_ane_engine *engine, const struct tap *taps, i
         int64_t n_inf = 0;
         ANELLM_TRY(taps[i].centred ? anellm_ane_copy_centred(engine, &to, &from, &n_inf)
                                    : anellm_ane_copy(engine, &to, &from, 0, &n_inf));
-        if (n_inf == 0) continue;
-        char what[64];
-        snprintf(what, sizeof what, "output %s is infinite", taps[i].name);
-        return anellm_ane_nonfinite(taps[i].from, layer, what);
+        if (n_inf > 0) return anellm_ane_infinite_output(taps[i].from, layer, taps[i].name);
     }
     return ANELLM_OK;
 }
@@ -137,7 +137,7 @@ static int attention_fused(struct anellm_ane_engine *engine, const struct anellm
     const int to = is_static ? ANELLM_ANE_SDPA_BWD1_STATIC : ANELLM_ANE_SDPA_BWD1;
     const struct tap taps[] = {{"q", id, to, 0}, {"k", id, to, 0}, {"v", id, to, 1}};
     const struct anellm_ane_place x = {id, ANELLM_ANE_IN, step->layer, "x"};
-    const struct tail tail = {id, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
+    const struct tail tail = {id, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, w->wo_bias, mid};
     ANELLM_TRY(put_input(engine, &x, step->workspace->h));
     ANELLM_TRY(evaluate_tail(engine, &tail, step->B * step->T));
     if (step->config->qk_norm) ANELLM_TRY(save_raw(engine, id, step, w, saved));
@@ -180,7 +180,7 @@ static int attention_split(struct anellm_ane_engine *engine, const struct anellm
                                       {"q", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN, 0},
                                       {"k", SCORES, ANELLM_ANE_SDPA_BWD2_GIVEN, 1}};
     const struct anellm_ane_place x = {SCORES, ANELLM_ANE_IN, step->layer, "x"};
-    const struct tail tail = {ANELLM_ANE_WO_FWD, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, mid};
+    const struct tail tail = {ANELLM_ANE_WO_FWD, ANELLM_ANE_SCALE_WO, step->layer, w, saved->x, w->wo_bias, mid};
     ANELLM_TRY(anellm_ane_stage(engine, SCORES, step->layer, w));
     ANELLM_TRY(put_input(engine, &x, step->workspace->h));
     ANELLM_TRY(anellm_ane_run(engine, SCORES, step->layer));
@@ -208,8 +208,8 @@ int anellm_ane_attention_forward(void *state, const struct anellm_step *step, fl
     if (anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_ATTENTION_FORWARD))
         return anellm_ane_cpu_attention_forward(engine, step, mid, w, saved);
     const int64_t start = anellm_trace_begin();
-    ANELLM_TRY(anellm_rmsnorm_forward(step->workspace->h, c->dim, saved->attn_rstd, saved->x, c->dim, w->attn_norm,
-                                      step->B * step->T, c->dim, c->norm_eps));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, step->workspace->h, saved->attn_mean, saved->attn_rstd, saved->x,
+                                       w->attn_norm, w->attn_norm_bias, step->B * step->T));
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
     return engine->options.softmax_cpu ? attention_split(engine, step, mid, w, saved)
                                        : attention_fused(engine, step, mid, w, saved);
@@ -220,23 +220,26 @@ int anellm_ane_attention_forward(void *state, const struct anellm_step *step, fl
 static int mlp_on_device(struct anellm_ane_engine *engine, const struct anellm_step *step, float *out,
                          const struct anellm_layer_weights *w, const struct anellm_layer_saved *saved) {
     const anellm_config *c = step->config;
-    const int64_t N = step->B * step->T, dim = c->dim, hidden = c->hidden_dim;
+    const int64_t N = step->B * step->T, hidden = c->hidden_dim, width = anellm_gate_up_dim(c);
     const int id = anellm_ane_is_static(engine) ? ANELLM_ANE_FFN_FWD_STATIC : ANELLM_ANE_FFN_FWD;
     const struct anellm_ane_place x = {id, ANELLM_ANE_IN, step->layer, "h"};
-    const struct anellm_ane_place gate = {id, ANELLM_ANE_OUT, step->layer, "gate"};
-    const struct anellm_ane_place up = {id, ANELLM_ANE_OUT, step->layer, "up"};
-    const struct tail tail = {id, ANELLM_ANE_SCALE_W2, step->layer, w, saved->mid, out};
+    const struct tail tail = {id, ANELLM_ANE_SCALE_W2, step->layer, w, saved->mid, w->down_bias, out};
     float *h = step->workspace->h;
     const int64_t start = anellm_trace_begin();
-    ANELLM_TRY(anellm_rmsnorm_forward(h, dim, saved->mlp_rstd, saved->mid, dim, w->mlp_norm, N, dim, c->norm_eps));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, h, saved->mlp_mean, saved->mlp_rstd, saved->mid, w->mlp_norm,
+                                       w->mlp_norm_bias, N));
     anellm_trace_end(start, "norm", ANELLM_TRACE_CALLER, step->layer);
     ANELLM_TRY(put_input(engine, &x, h));
     ANELLM_TRY(evaluate_tail(engine, &tail, N));
     if (!step->training) return ANELLM_OK;
-    int64_t n_inf = 0;
-    ANELLM_TRY(anellm_ane_get(engine, saved->gate_up, 2 * hidden, &gate, 0, 0, &n_inf));
-    ANELLM_TRY(anellm_ane_get(engine, saved->gate_up + hidden, 2 * hidden, &up, 0, 0, &n_inf));
-    return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(id, step->layer, "output gate or up is infinite");
+    const struct anellm_ane_mlp_fields *fields = anellm_ane_mlp_fields(c);
+    for (int i = 0; i < fields->n; ++i) {
+        const struct anellm_ane_place place = {id, ANELLM_ANE_OUT, step->layer, fields->values[i]};
+        int64_t n_inf = 0;
+        ANELLM_TRY(anellm_ane_get(engine, saved->gate_up + i * hidden, width, &place, 0, 0, &n_inf));
+        if (n_inf > 0) return anellm_ane_infinite_output(id, step->layer, fields->values[i]);
+    }
+    return ANELLM_OK;
 }
 
 /* out (N, dim) = mid + mlp(norm(mid)) */

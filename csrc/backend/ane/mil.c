@@ -234,8 +234,8 @@ static struct emit_tensor put_weights(struct emitter *e, const char *file, const
     return out;
 }
 
-struct emit_tensor emit_vector(struct emitter *e, const char *file, int64_t width) {
-    const int64_t dims[4] = {1, 1, 1, width};
+struct emit_tensor emit_vector(struct emitter *e, const char *file, int64_t channels, int64_t width) {
+    const int64_t dims[4] = {1, channels, 1, width};
     return put_weights(e, file, dims);
 }
 

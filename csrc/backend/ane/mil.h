@@ -50,7 +50,7 @@ struct emit_tensor emit_matmul(struct emitter *e, const char *name, const struct
 /* op: "add", "sub" or "mul"; dimensions of y may be 1, except the batch (Q41). */
 struct emit_tensor emit_binary(struct emitter *e, const char *name, const char *op, const struct emit_tensor *x,
                              const struct emit_tensor *y);
-/* op: "add", "mul" or "pow" with a number, which must be exact or harmless when rounded to fp16. */
+/* op: "add", "mul", "minimum", "maximum" or "pow" with a number, which must be exact or harmless when rounded to fp16. */
 struct emit_tensor emit_scalar(struct emitter *e, const char *name, const char *op, const struct emit_tensor *x,
                              double number);
 /* axis: 1 (channels) or -1 (the width). */
@@ -67,7 +67,7 @@ struct emit_tensor emit_constant(struct emitter *e, const char *file, int64_t he
 /* W x for a plane x [1, C, 1, S] and a constant W [channels, C, 1, 1]: [1, channels, 1, S]. Counts FLOPs. */
 struct emit_tensor emit_conv(struct emitter *e, const char *name, const struct emit_tensor *x, const char *file,
                              int64_t channels);
-/* A constant (1, 1, 1, width). */
-struct emit_tensor emit_vector(struct emitter *e, const char *file, int64_t width);
+/* A constant (1, channels, 1, width). */
+struct emit_tensor emit_vector(struct emitter *e, const char *file, int64_t channels, int64_t width);
 
 #endif

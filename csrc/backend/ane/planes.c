@@ -141,6 +141,12 @@ int anellm_ane_absmax(struct anellm_ane_engine *engine, const struct anellm_ane_
     return anellm_ane_plane_end(&scan.plane);
 }
 
+const struct anellm_ane_mlp_fields *anellm_ane_mlp_fields(const anellm_config *config) {
+    static const struct anellm_ane_mlp_fields swiglu = {2, {"gate", "up"}, {"dgate", "dup"}};
+    static const struct anellm_ane_mlp_fields gelu = {1, {"pre", NULL}, {"dpre", NULL}};
+    return config->arch == ANELLM_ARCH_GPT2 ? &gelu : &swiglu;
+}
+
 /* Bits of magnitudes compare like the numbers, and NaN above inf above all. */
 float anellm_ane_largest(const float *x, int64_t n) {
     int32_t most = 0;
@@ -169,7 +175,7 @@ static struct matrix matrix_of(const anellm_config *c, const struct anellm_layer
     const struct matrix matrices[] = {
         {"wqkv", w->qkv, q + 2 * kv, dim}, {"wo", w->wo, dim, q},
         {"w1", w->gate_up, hidden, dim},   {"w3", w->gate_up + hidden * dim, hidden, dim},
-        {"w2", w->down, dim, hidden},      {"w13", w->gate_up, 2 * hidden, dim},
+        {"w2", w->down, dim, hidden},      {"w13", w->gate_up, anellm_gate_up_dim(c), dim},
     };
     for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; ++i)
         if (strcmp(matrices[i].name, name) == 0) return matrices[i];
@@ -183,6 +189,15 @@ static float stage_norms(const anellm_config *c, uint16_t *at, int64_t width, co
     return q > k ? q : k;
 }
 
+/* Value i of a bias in column i / dim, channel i % dim. */
+static float stage_bias(const anellm_config *c, uint16_t *at, int64_t width, const float *bias, int64_t n) {
+    const int64_t dim = c->dim, whole = n / dim, rest = n % dim;
+    const float first = whole == 0 ? 0.0f : anellm_ane_write_weights(at, width, bias, dim, whole, dim, 1, 0);
+    const float last =
+        rest == 0 ? 0.0f : anellm_ane_write_weights(at + whole, width, bias + whole * dim, rest, 1, rest, 1, 0);
+    return first > last ? first : last;
+}
+
 /* Where a matrix is scaled: y alone is linear in a matrix of its program. -1: not here. */
 static int boundary_of(int id, const char *name) {
     if (id == ANELLM_ANE_FFN_FWD) return strcmp(name, "w2") == 0 ? ANELLM_ANE_SCALE_W2 : -1;
@@ -193,16 +208,24 @@ static int boundary_of(int id, const char *name) {
 /* Into one field; *absmax is that of the weights. */
 static int stage_field(struct anellm_ane_engine *engine, const struct anellm_ane_place *place, int transposed,
                        const struct anellm_layer_weights *w, int exponent, float *absmax) {
-    const int norms = strcmp(place->name, "norms") == 0;
-    const struct matrix m = matrix_of(&engine->config, w, place->name);
-    if (!norms && m.w == NULL)
-        return anellm_fail(ANELLM_INTERNAL, "program %s: no weights \"%s\"", anellm_ane_program_name(place->id),
-                           place->name);
+    const anellm_config *c = &engine->config;
+    const struct matrix m = matrix_of(c, w, place->name);
     struct anellm_ane_plane plane;
     ANELLM_TRY(anellm_ane_plane_begin(&plane, engine, place));
-    *absmax = norms ? stage_norms(&engine->config, plane.at, plane.width, w)
-                    : anellm_ane_write_weights(plane.at, plane.width, m.w, m.columns, m.rows, m.columns, transposed,
-                                               exponent);
+    if (strcmp(place->name, "norms") == 0) {
+        *absmax = stage_norms(c, plane.at, plane.width, w);
+    } else if (strcmp(place->name, "bqkv") == 0) {
+        *absmax = stage_bias(c, plane.at, plane.width, w->qkv_bias, anellm_q_dim(c) + 2 * anellm_kv_dim(c));
+    } else if (strcmp(place->name, "b1") == 0) {
+        *absmax = stage_bias(c, plane.at, plane.width, w->gate_up_bias, c->hidden_dim);
+    } else if (m.w != NULL) {
+        *absmax = anellm_ane_write_weights(plane.at, plane.width, m.w, m.columns, m.rows, m.columns, transposed,
+                                           exponent);
+    } else {
+        (void)anellm_ane_plane_end(&plane);
+        return anellm_fail(ANELLM_INTERNAL, "program %s: no weights \"%s\"", anellm_ane_program_name(place->id),
+                           place->name);
+    }
     return anellm_ane_plane_end(&plane);
 }
 
@@ -241,6 +264,12 @@ int anellm_ane_stage(struct anellm_ane_engine *engine, int id, int64_t layer, co
 int anellm_ane_nonfinite(int id, int64_t layer, const char *what) {
     return anellm_fail(ANELLM_NONFINITE, "program %s, layer %lld: %s", anellm_ane_program_name(id), (long long)layer,
                        what);
+}
+
+int anellm_ane_infinite_output(int id, int64_t layer, const char *name) {
+    char what[64];
+    snprintf(what, sizeof what, "output %s is infinite", name);
+    return anellm_ane_nonfinite(id, layer, what);
 }
 
 int anellm_ane_too_large(const struct anellm_ane_place *place, float absmax) {

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "backend/ane/kernels/kernel.h"
+#include "backend/backend.h"
 #include "core/status.h"
 
 static const struct ane_kernel *const kernels[ANELLM_ANE_N_PROGRAMS] = {
@@ -65,12 +66,13 @@ int anellm_ane_program_used(int id, const anellm_config *config, int training, c
 }
 
 int64_t anellm_ane_weight_bytes(int id, const anellm_config *c) {
-    const int64_t dim = c->dim, hidden = c->hidden_dim, q = (int64_t)c->n_heads * c->head_dim;
-    const int64_t qkv = q + 2 * (int64_t)c->n_kv_heads * c->head_dim, norms = c->qk_norm ? 2 * (int64_t)c->head_dim : 0;
+    const int64_t dim = c->dim, hidden = c->hidden_dim, q = anellm_q_dim(c), qkv = q + 2 * anellm_kv_dim(c);
+    const int64_t mlp = dim * (anellm_gate_up_dim(c) + hidden) + (c->bias ? hidden : 0);
     switch (id) {
-    case ANELLM_ANE_ATTN_FWD_STATIC: return 2 * (dim * (qkv + q) + norms);
+    case ANELLM_ANE_ATTN_FWD_STATIC:
+        return 2 * (dim * (qkv + q) + (c->qk_norm ? 2 * (int64_t)c->head_dim : 0) + (c->bias ? qkv : 0));
     case ANELLM_ANE_FFN_FWD_STATIC:
-    case ANELLM_ANE_FFN_BWD_STATIC: return 2 * 3 * dim * hidden;
+    case ANELLM_ANE_FFN_BWD_STATIC: return 2 * mlp;
     case ANELLM_ANE_SDPA_BWD1_STATIC: return 2 * dim * q;
     case ANELLM_ANE_QKV_BWD_STATIC: return 2 * dim * qkv;
     default: return 0;
@@ -118,9 +120,11 @@ static struct ane_dims dims_of(const struct anellm_ane_shape *shape) {
     return (struct ane_dims){.B = shape->B, .Tp = shape->Tp, .S = shape->S, .dim = c->dim, .hidden = c->hidden_dim,
                              .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads,
                              .group = c->n_heads / c->n_kv_heads, .head_dim = c->head_dim,
-                             .q = (int64_t)c->n_heads * c->head_dim, .kv = (int64_t)c->n_kv_heads * c->head_dim,
+                             .q = anellm_q_dim(c), .kv = anellm_kv_dim(c),
                              .qk_norm = c->qk_norm != 0, .eps = (double)c->norm_eps, .theta = c->rope_theta,
-                             .scale = 1.0 / sqrt((double)c->head_dim)};
+                             .scale = 1.0 / sqrt((double)c->head_dim),
+                             .gate_up = anellm_gate_up_dim(c), .rope = c->arch == ANELLM_ARCH_LLAMA,
+                             .bias = c->bias != 0, .gelu = c->arch == ANELLM_ARCH_GPT2 ? c->gelu : ANE_SWIGLU};
 }
 
 static int check_extent(const char *program, const char *what, int64_t value, int64_t most) {
@@ -132,8 +136,6 @@ static int check_extent(const char *program, const char *what, int64_t value, in
 static int check_shape(const struct anellm_ane_shape *shape) {
     ANELLM_REQUIRE(shape->config != NULL, "config is NULL");
     ANELLM_TRY(anellm_config_check(shape->config));
-    if (shape->config->arch != ANELLM_ARCH_LLAMA)
-        return anellm_fail(ANELLM_UNSUPPORTED, "a GPT-2 has no Neural Engine programs: use the device cpu");
     ANELLM_REQUIRE(shape->B > 0, "B is %lld; it must be positive", (long long)shape->B);
     ANELLM_REQUIRE(shape->T > 0, "T is %lld; it must be positive", (long long)shape->T);
     return ANELLM_OK;
@@ -156,7 +158,7 @@ static int check_limits(const char *name, const struct ane_dims *d, int mode) {
         {"query heads of a key head times padded sequence length", d->group * d->Tp, MAX_INNER, -1},
         {"dim", d->dim, MAX_INNER, -1},
         {"n_heads times head_dim", d->q, MAX_INNER, -1},
-        {"twice hidden_dim", 2 * d->hidden, MAX_INNER, ANELLM_ANE_DYNAMIC},
+        {d->gelu == ANE_SWIGLU ? "twice hidden_dim" : "hidden_dim", d->gate_up, MAX_INNER, ANELLM_ANE_DYNAMIC},
         {"(n_heads + 2 n_kv_heads) times head_dim", qkv, MAX_INNER, ANELLM_ANE_DYNAMIC},
         {"dim, the input channels of a convolution (Q04),", d->dim, MAX_CONV_IN, ANELLM_ANE_STATIC},
         {"n_heads times head_dim, the input channels of a convolution (Q04),", d->q, MAX_CONV_IN, ANELLM_ANE_STATIC},

@@ -83,7 +83,11 @@ struct anellm_ane_shape {
 /* The shape of a batch; Tp and S follow. */
 struct anellm_ane_shape anellm_ane_shape_of(const anellm_config *config, int64_t B, int64_t T);
 
-enum { ANELLM_ANE_MIN_SURFACE_BYTES = 49152 /* Q09 */, ANELLM_ANE_NORM_COLUMNS = 32 };
+enum {
+    ANELLM_ANE_MIN_SURFACE_BYTES = 49152, /* Q09 */
+    ANELLM_ANE_NORM_COLUMNS = 32,
+    ANELLM_ANE_BIAS_COLUMNS = 32          /* or a multiple */
+};
 
 /* One layer's matrices for the constants of a static program: each in the file of its name, times 2^exponent. */
 struct anellm_ane_matrix {
@@ -92,7 +96,7 @@ struct anellm_ane_matrix {
     int64_t rows, columns;
     int transposed, exponent;  /* transposed: the constant is (columns, rows) */
 };
-enum { ANELLM_ANE_N_MATRICES = 12 };
+enum { ANELLM_ANE_N_MATRICES = 14 };
 struct anellm_ane_weights {
     int n;
     struct anellm_ane_matrix list[ANELLM_ANE_N_MATRICES];

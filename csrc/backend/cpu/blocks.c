@@ -76,17 +76,16 @@ static int multiply(const struct anellm_step *step, float *C, int64_t ld_c, cons
                                                                                    trans_b, M, N, K, accumulate);
 }
 
-/* out (N, dim) = norm(x); mean and rstd may be NULL */
-static int norm_forward(const anellm_config *c, float *out, float *mean, float *rstd, const float *x, const float *w,
-                        const float *b, int64_t N) {
+int anellm_cpu_norm_forward(const anellm_config *c, float *out, float *mean, float *rstd, const float *x,
+                            const float *w, const float *b, int64_t N) {
     const int64_t dim = c->dim;
     if (c->arch == ANELLM_ARCH_GPT2)
         return anellm_layernorm_forward(out, dim, mean, rstd, x, dim, w, b, N, dim, c->norm_eps);
     return anellm_rmsnorm_forward(out, dim, rstd, x, dim, w, N, dim, c->norm_eps);
 }
 
-static int norm_backward(const anellm_config *c, float *dx, float *dw, float *db, const float *dout, const float *x,
-                         const float *w, const float *mean, const float *rstd, int64_t N, int accumulate_dx) {
+int anellm_cpu_norm_backward(const anellm_config *c, float *dx, float *dw, float *db, const float *dout, const float *x,
+                             const float *w, const float *mean, const float *rstd, int64_t N, int accumulate_dx) {
     const int64_t dim = c->dim;
     if (c->arch == ANELLM_ARCH_GPT2)
         return anellm_layernorm_backward(dx, dim, dw, db, dout, dim, x, dim, w, mean, rstd, N, dim, accumulate_dx);
@@ -104,10 +103,14 @@ static int add_product(const struct anellm_step *step, float *out, const float *
     return multiply(step, out, dim, x, columns, 0, w, columns, 1, N, dim, columns, 1);
 }
 
-/* act (N, hidden_dim) = silu(gate) * up, or gelu(pre + b) */
-static int activation_forward(const anellm_config *c, float *act, const float *pre, const float *b, int64_t N) {
+int anellm_cpu_activation_forward(const anellm_config *c, float *act, const float *pre, const float *b, int64_t N) {
     if (c->arch == ANELLM_ARCH_GPT2) return anellm_gelu_forward(act, pre, b, N, c->hidden_dim, c->gelu);
     return anellm_swiglu_forward(act, pre, N, c->hidden_dim);
+}
+
+int anellm_cpu_activation_backward(const anellm_config *c, float *pre, const float *dact, const float *b, int64_t N) {
+    if (c->arch == ANELLM_ARCH_GPT2) return anellm_gelu_backward(pre, dact, pre, b, N, c->hidden_dim, c->gelu);
+    return anellm_swiglu_backward(pre, dact, pre, N, c->hidden_dim);
 }
 
 struct activation_gradient {
@@ -131,11 +134,8 @@ static int activation_gradient_rows(struct activation_gradient *g, int64_t first
     if (act == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for %lld rows of activations", (long long)rows);
     if (g->pre_bf16 != NULL)
         ANELLM_TRY(anellm_convert_bf16_to_f32(pre, g->pre_bf16 + first * g->width, rows * g->width));
-    ANELLM_TRY(activation_forward(c, act, pre, g->bias, rows));
-    if (c->arch == ANELLM_ARCH_GPT2)
-        ANELLM_TRY(anellm_gelu_backward(pre, dact, pre, g->bias, rows, hidden, c->gelu));
-    else
-        ANELLM_TRY(anellm_swiglu_backward(pre, dact, pre, rows, hidden));
+    ANELLM_TRY(anellm_cpu_activation_forward(c, act, pre, g->bias, rows));
+    ANELLM_TRY(anellm_cpu_activation_backward(c, pre, dact, g->bias, rows));
     copy_rows(dact, act, rows * hidden);
     return ANELLM_OK;
 }
@@ -147,8 +147,8 @@ static void activation_gradient_body(void *context, int64_t begin, int64_t end) 
 }
 
 /* pre becomes its gradient, and dact the activation, which is cheaper to compute again than to keep. */
-static int activation_backward(const anellm_config *c, float *pre, const uint16_t *pre_bf16, float *dact,
-                               const float *bias, int64_t N) {
+static int activation_again(const anellm_config *c, float *pre, const uint16_t *pre_bf16, float *dact,
+                            const float *bias, int64_t N) {
     struct activation_gradient g = {.config = c, .pre = pre, .pre_bf16 = pre_bf16, .dact = dact, .bias = bias,
                                     .width = anellm_gate_up_dim(c)};
     const int64_t row_bytes = (g.width + 2 * c->hidden_dim) * (int64_t)sizeof(float);
@@ -157,7 +157,7 @@ static int activation_backward(const anellm_config *c, float *pre, const uint16_
     return status == ANELLM_OK ? status : anellm_fail_in(__func__, status, "no memory for scratch");
 }
 
-static int bias_backward(float *db, const float *dout, int64_t N, int64_t columns) {
+int anellm_cpu_bias_backward(float *db, const float *dout, int64_t N, int64_t columns) {
     return db == NULL ? ANELLM_OK : anellm_bias_backward(db, dout, columns, N, columns);
 }
 
@@ -170,7 +170,8 @@ static int cpu_attention_forward(void *state, const struct anellm_step *step, fl
     const int64_t qkv_dim = q + 2 * kv;
     float *h = step->workspace->h, *qkv = saved->qkv;
 
-    ANELLM_TRY(norm_forward(c, h, saved->attn_mean, saved->attn_rstd, saved->x, w->attn_norm, w->attn_norm_bias, N));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, h, saved->attn_mean, saved->attn_rstd, saved->x, w->attn_norm,
+                                       w->attn_norm_bias, N));
     ANELLM_TRY(multiply(step, qkv, qkv_dim, h, dim, 0, w->qkv, dim, 1, N, qkv_dim, dim, 0));
     if (w->qkv_bias != NULL) ANELLM_TRY(anellm_bias_forward(qkv, qkv_dim, qkv, qkv_dim, w->qkv_bias, N, qkv_dim));
     if (c->qk_norm) {
@@ -196,7 +197,7 @@ static int cpu_attention_backward(void *state, const struct anellm_step *step, f
     float *h = step->workspace->h, *dqkv = step->workspace->scratch_a, *dattn = step->workspace->scratch_b;
     const float *qkv = saved->qkv;
 
-    ANELLM_TRY(bias_backward(dw->wo_bias, dx, N, dim));
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->wo_bias, dx, N, dim));
     ANELLM_TRY(multiply(step, dw->wo, q, dx, dim, 1, saved->attn, q, 0, dim, q, N, step->accumulate));
     ANELLM_TRY(multiply(step, dattn, q, dx, dim, 0, w->wo, q, 0, N, q, dim, 0));
     const anellm_attention_shape shape = anellm_cpu_attention_shape(c, step->B, step->T);
@@ -206,13 +207,13 @@ static int cpu_attention_backward(void *state, const struct anellm_step *step, f
         ANELLM_TRY(anellm_rope_backward(dqkv, qkv_dim, step->rope_cos, step->rope_sin, step->B, step->T,
                                         c->n_heads + c->n_kv_heads, c->head_dim));
     if (c->qk_norm) ANELLM_TRY(anellm_cpu_qk_norm_backward(dqkv, qkv_dim, dw, c, N, w, saved));
-    ANELLM_TRY(bias_backward(dw->qkv_bias, dqkv, N, qkv_dim));
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->qkv_bias, dqkv, N, qkv_dim));
     /* The normed input is cheaper to compute again than to keep. */
-    ANELLM_TRY(norm_forward(c, h, NULL, NULL, saved->x, w->attn_norm, w->attn_norm_bias, N));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, h, NULL, NULL, saved->x, w->attn_norm, w->attn_norm_bias, N));
     ANELLM_TRY(multiply(step, dw->qkv, dim, dqkv, qkv_dim, 1, h, dim, 0, qkv_dim, dim, N, step->accumulate));
     ANELLM_TRY(multiply(step, h, dim, dqkv, qkv_dim, 0, w->qkv, dim, 0, N, dim, qkv_dim, 0));
-    return norm_backward(c, dx, dw->attn_norm, dw->attn_norm_bias, h, saved->x, w->attn_norm, saved->attn_mean,
-                         saved->attn_rstd, N, 1);
+    return anellm_cpu_norm_backward(c, dx, dw->attn_norm, dw->attn_norm_bias, h, saved->x, w->attn_norm,
+                                    saved->attn_mean, saved->attn_rstd, N, 1);
 }
 
 /* out (N, dim) = mid + act(norm(mid)) Wdownᵀ + bdown with act(h) = silu(h Wgateᵀ) * (h Wupᵀ), or gelu(h Wᵀ + b) */
@@ -224,9 +225,10 @@ static int cpu_mlp_forward(void *state, const struct anellm_step *step, float *o
     float *h = step->workspace->h, *act = step->workspace->scratch_a;
     float *gate_up = saved->gate_up_bf16 == NULL ? saved->gate_up : step->workspace->gate_up;
 
-    ANELLM_TRY(norm_forward(c, h, saved->mlp_mean, saved->mlp_rstd, saved->mid, w->mlp_norm, w->mlp_norm_bias, N));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, h, saved->mlp_mean, saved->mlp_rstd, saved->mid, w->mlp_norm,
+                                       w->mlp_norm_bias, N));
     ANELLM_TRY(multiply(step, gate_up, width, h, dim, 0, w->gate_up, dim, 1, N, width, dim, 0));
-    ANELLM_TRY(activation_forward(c, act, gate_up, w->gate_up_bias, N));
+    ANELLM_TRY(anellm_cpu_activation_forward(c, act, gate_up, w->gate_up_bias, N));
     if (saved->gate_up_bf16 != NULL) ANELLM_TRY(anellm_convert_f32_to_bf16(saved->gate_up_bf16, gate_up, N * width));
     return add_product(step, out, saved->mid, act, w->down, w->down_bias, N, hidden);
 }
@@ -241,15 +243,15 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
     float *gate_up = saved->gate_up_bf16 == NULL ? saved->gate_up : step->workspace->gate_up, *dgate_up = gate_up;
 
     ANELLM_TRY(multiply(step, dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
-    ANELLM_TRY(activation_backward(c, gate_up, saved->gate_up_bf16, dact, w->gate_up_bias, N));
-    ANELLM_TRY(bias_backward(dw->down_bias, dx, N, dim));
+    ANELLM_TRY(activation_again(c, gate_up, saved->gate_up_bf16, dact, w->gate_up_bias, N));
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->down_bias, dx, N, dim));
     ANELLM_TRY(multiply(step, dw->down, hidden, dx, dim, 1, act, hidden, 0, dim, hidden, N, step->accumulate));
-    ANELLM_TRY(bias_backward(dw->gate_up_bias, dgate_up, N, width));
-    ANELLM_TRY(norm_forward(c, h, NULL, NULL, saved->mid, w->mlp_norm, w->mlp_norm_bias, N));
+    ANELLM_TRY(anellm_cpu_bias_backward(dw->gate_up_bias, dgate_up, N, width));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, h, NULL, NULL, saved->mid, w->mlp_norm, w->mlp_norm_bias, N));
     ANELLM_TRY(multiply(step, dw->gate_up, dim, dgate_up, width, 1, h, dim, 0, width, dim, N, step->accumulate));
     ANELLM_TRY(multiply(step, h, dim, dgate_up, width, 0, w->gate_up, dim, 0, N, dim, width, 0));
-    return norm_backward(c, dx, dw->mlp_norm, dw->mlp_norm_bias, h, saved->mid, w->mlp_norm, saved->mlp_mean,
-                         saved->mlp_rstd, N, 1);
+    return anellm_cpu_norm_backward(c, dx, dw->mlp_norm, dw->mlp_norm_bias, h, saved->mid, w->mlp_norm,
+                                    saved->mlp_mean, saved->mlp_rstd, N, 1);
 }
 
 static int head_logits(float *logits, const struct anellm_step *step, const float *h, int64_t rows,
@@ -267,7 +269,7 @@ static int cpu_classifier_forward(void *state, const struct anellm_step *step, f
     const anellm_config *c = step->config;
     const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes, ld = anellm_logits_ld(vocab);
 
-    ANELLM_TRY(norm_forward(c, saved->h, saved->mean, saved->rstd, saved->x, w->norm, w->norm_bias, N));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, saved->h, saved->mean, saved->rstd, saved->x, w->norm, w->norm_bias, N));
     if (targets == NULL && logits == NULL) return ANELLM_OK;
     for (int64_t row = 0; row < N; row += saved->chunk_rows) {
         const int64_t rows = N - row < saved->chunk_rows ? N - row : saved->chunk_rows;
@@ -300,7 +302,8 @@ static int cpu_classifier_backward(void *state, const struct anellm_step *step, 
         ANELLM_TRY(multiply(step, dw->classifier, dim, dlogits, ld, 1, h, dim, 0, vocab, dim, rows,
                                  step->accumulate || row > 0));
     }
-    return norm_backward(c, dx, dw->norm, dw->norm_bias, dh, saved->x, w->norm, saved->mean, saved->rstd, N, 0);
+    return anellm_cpu_norm_backward(c, dx, dw->norm, dw->norm_bias, dh, saved->x, w->norm, saved->mean, saved->rstd, N,
+                                    0);
 }
 
 struct decode_heads {
@@ -337,7 +340,7 @@ int anellm_cpu_attention_decode(const anellm_config *c, float *x, float *k_cache
     const int64_t dim = c->dim, q = anellm_q_dim(c), kv = anellm_kv_dim(c), qkv_dim = q + 2 * kv;
     float *h = scratch, *qkv = h + n * dim, *attn = qkv + n * qkv_dim;
 
-    ANELLM_TRY(norm_forward(c, h, NULL, NULL, x, w->attn_norm, w->attn_norm_bias, n));
+    ANELLM_TRY(anellm_cpu_norm_forward(c, h, NULL, NULL, x, w->attn_norm, w->attn_norm_bias, n));
     ANELLM_TRY(anellm_matrix_multiply(qkv, qkv_dim, h, dim, w_qkv, n, 0));
     if (w->qkv_bias != NULL) ANELLM_TRY(anellm_bias_forward(qkv, qkv_dim, qkv, qkv_dim, w->qkv_bias, n, qkv_dim));
     if (c->qk_norm) ANELLM_TRY(anellm_cpu_qk_norm_forward(qkv, qkv_dim, NULL, c, n, w));

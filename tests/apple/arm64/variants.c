@@ -83,6 +83,7 @@ float *copy_array(const float *from, int64_t n) {
         release_all();                                                                                                 \
     }
 #define RUN_portable(kernel, needs)
+#define RUN_naive(kernel, needs) RUN(kernel, naive, needs)
 #define RUN_neon(kernel, needs) RUN(kernel, neon, needs)
 #define RUN_vdsp(kernel, needs) RUN(kernel, vdsp, needs)
 #define RUN_avx2(kernel, needs) RUN(kernel, avx2, needs)

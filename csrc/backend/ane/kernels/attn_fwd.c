@@ -1,11 +1,12 @@
-/* Attention without its residual: y = SDPA(RoPE(norm?(x Wqᵀ)), RoPE(norm?(x Wkᵀ)), x Wvᵀ) Woᵀ, with all that backward
- * needs. x is normed. */
+/* Attention without its residual: y = SDPA(RoPE?(norm?(x Wqᵀ + bq?)), RoPE?(norm?(x Wkᵀ + bk?)), x Wvᵀ + bv?) Woᵀ, with
+ * all that backward needs. x is normed; RoPE and norms are a Llama's, biases a GPT-2's. */
 #include "backend/ane/kernels/kernel.h"
 
 static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
     ane_place_below(in, "x", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
     ane_place_beside(in, "wqkv", d->dim, d->q + 2 * d->kv, ANELLM_ANE_FIELD_WEIGHTS_T);
     ane_place_beside(in, "wo", d->dim, d->q, ANELLM_ANE_FIELD_WEIGHTS);
+    if (d->bias) ane_place_bias(in, "bqkv", d->q + 2 * d->kv, d);
     if (d->qk_norm) ane_place_beside(in, "norms", d->head_dim, ANELLM_ANE_NORM_COLUMNS, ANELLM_ANE_FIELD_WEIGHTS_T);
     ane_place_below(out, "y", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
     ane_place_below(out, "attn", d->q, d->S, ANELLM_ANE_FIELD_ROWS);

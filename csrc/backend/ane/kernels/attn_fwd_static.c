@@ -1,4 +1,4 @@
-/* attn_fwd of one layer, its weights constants: y = SDPA(RoPE(norm?(x Wqᵀ)), RoPE(norm?(x Wkᵀ)), x Wvᵀ) Woᵀ. */
+/* attn_fwd of one layer, its weights constants: y as in attn_fwd.c. */
 #include "backend/ane/kernels/kernel.h"
 
 static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
@@ -13,14 +13,18 @@ static struct emit_tensor prepare(struct emitter *e, const char *name, const cha
                                   const struct ane_dims *d) {
     const struct emit_tensor heads = ane_plane_to_heads(e, name, raw, d);
     if (!d->qk_norm) return ane_norm_and_rotate(e, name, &heads, NULL, d);
-    const struct emit_tensor weight = emit_vector(e, norm, d->head_dim);
+    const struct emit_tensor weight = emit_vector(e, norm, 1, d->head_dim);
     return ane_norm_and_rotate(e, name, &heads, &weight, d);
 }
 
 static void emit(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                  const struct ane_dims *d) {
     const struct emit_tensor x = emit_field(e, input, anellm_ane_find(in, "x"));
-    const struct emit_tensor qkv = emit_conv(e, "qkv", &x, "wqkv", d->q + 2 * d->kv);
+    struct emit_tensor qkv = emit_conv(e, "qkv", &x, "wqkv", d->q + 2 * d->kv);
+    if (d->bias) {
+        const struct emit_tensor bias = emit_vector(e, "bqkv", d->q + 2 * d->kv, 1);
+        qkv = emit_binary(e, "qkv", "add", &qkv, &bias);
+    }
     const struct emit_tensor q_raw = ane_channels(e, "q_raw", &qkv, 0, d->q);
     const struct emit_tensor k_raw = ane_channels(e, "k_raw", &qkv, d->q, d->kv);
     const struct emit_tensor v_plane = ane_channels(e, "v", &qkv, d->q + d->kv, d->kv);

@@ -5,6 +5,7 @@
 static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
     ane_place_below(in, "x", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
     ane_place_beside(in, "wqkv", d->dim, d->q + 2 * d->kv, ANELLM_ANE_FIELD_WEIGHTS_T);
+    if (d->bias) ane_place_bias(in, "bqkv", d->q + 2 * d->kv, d);
     if (d->qk_norm) ane_place_beside(in, "norms", d->head_dim, ANELLM_ANE_NORM_COLUMNS, ANELLM_ANE_FIELD_WEIGHTS_T);
     ane_place_qkv(out, d);
     ane_place_below(out, "scores", d->n_heads * d->Tp, d->S, ANELLM_ANE_FIELD_SCORES);

@@ -2,20 +2,41 @@
  *   dup = dact * silu(gate);   dgate = dact * up * s (1 + gate (1 - s)), s = sigmoid(gate);   dx = dgate W1 + dup W3
  * All outputs are linear in dy, so its scale is theirs. Factors that stay near 1 are multiplied with each other first:
  * dact times up alone could leave fp16. The two products of dx are added after they are rounded, so that each has the
- * accumulator's range to itself (Q42) and half of the input channels (Q04). */
+ * accumulator's range to itself (Q42) and half of the input channels (Q04).
+ *
+ * With GELU: dpre = (dy W2) * gelu'(pre + b1);   dx = dpre W1. */
 #include "backend/ane/kernels/kernel.h"
 
 static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
     ane_place_below(in, "dy", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(in, "gate", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(in, "up", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_mlp(in, d);
     ane_place_below(out, "dx", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "dgate", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, "dup", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_below(out, d->gelu == ANE_SWIGLU ? "dgate" : "dpre", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+    if (d->gelu == ANE_SWIGLU) ane_place_below(out, "dup", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+}
+
+static void emit_gelu(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                      const struct ane_dims *d) {
+    const struct emit_tensor dy = emit_field(e, input, anellm_ane_find(in, "dy"));
+    struct emit_tensor x = emit_field(e, input, anellm_ane_find(in, "pre"));
+    if (d->bias) {
+        const struct emit_tensor b1 = emit_vector(e, "b1", d->hidden, 1);
+        x = emit_binary(e, "x", "add", &x, &b1);
+    }
+    const struct emit_tensor dact = emit_conv(e, "dact", &dy, "w2_t", d->hidden);
+    const struct emit_tensor slope = ane_gelu_slope(e, &x, d->gelu);
+    const struct emit_tensor dpre = emit_binary(e, "dpre", "mul", &dact, &slope);
+    const struct emit_tensor planes[2] = {emit_conv(e, "dx", &dpre, "w1_t", d->dim), dpre};
+    emit_output(e);
+    emit_concat(e, "out", planes, 2);
 }
 
 static void emit(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                  const struct ane_dims *d) {
+    if (d->gelu != ANE_SWIGLU) {
+        emit_gelu(e, input, in, d);
+        return;
+    }
     const struct emit_tensor dy = emit_field(e, input, anellm_ane_find(in, "dy"));
     const struct emit_tensor gate = emit_field(e, input, anellm_ane_find(in, "gate"));
     const struct emit_tensor up = emit_field(e, input, anellm_ane_find(in, "up"));

@@ -12,9 +12,12 @@ struct ane_dims {
     int64_t n_heads, n_kv_heads; /* group = n_heads / n_kv_heads query heads share a key and value head */
     int64_t group, head_dim;
     int64_t q, kv;               /* n_heads * head_dim, n_kv_heads * head_dim */
-    int qk_norm;
+    int64_t gate_up;             /* rows of the MLP's first matrix: 2 hidden, or hidden with GELU */
+    int qk_norm, rope, bias;
+    int gelu;                    /* of enum anellm_gelu, or ANE_SWIGLU */
     double eps, theta, scale;    /* scale = 1/sqrt(head_dim) */
 };
+enum { ANE_SWIGLU = -1 };
 
 struct ane_kernel {
     const char *name;
@@ -38,6 +41,11 @@ void ane_place_beside(struct anellm_ane_io *io, const char *name, int64_t channe
 /* What backward needs of the projections: q, k, v, and with qk_norm q_raw and k_raw (parts.c). */
 void ane_place_qkv(struct anellm_ane_io *out, const struct ane_dims *d);
 
+/* And of the MLP's first matrix, without biases: gate and up, or pre with GELU. */
+void ane_place_mlp(struct anellm_ane_io *io, const struct ane_dims *d);
+/* A bias of n values as columns beside weights: value i is in column i / dim, channel i % dim. */
+void ane_place_bias(struct anellm_ane_io *in, const char *name, int64_t n, const struct ane_dims *d);
+
 /* ---- parts of programs (parts.c) -------------------------------------------------------------------------------- */
 
 /* Three forms of the same rows (N, C) of the model:
@@ -54,6 +62,12 @@ struct emit_tensor ane_scores(struct emitter *e, const struct emit_tensor *input
 /* A weight, [1, 1, channels, columns]. */
 struct emit_tensor ane_weight(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                               const char *field);
+
+/* A bias of n values that ane_place_bias placed, (1, 1, 1, n and zeros); and rows + values first .. of it. */
+struct emit_tensor ane_bias(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                            const char *field, int64_t n);
+struct emit_tensor ane_add_bias(struct emitter *e, const char *name, const struct emit_tensor *rows,
+                                const struct emit_tensor *bias, int64_t first);
 
 struct emit_tensor ane_rows_to_heads(struct emitter *e, const char *name, const struct emit_tensor *rows,
                                      const struct ane_dims *d);
@@ -78,7 +92,8 @@ struct emit_tensor ane_group(struct emitter *e, const char *name, const struct e
 struct emit_tensor ane_ungroup(struct emitter *e, const char *name, const struct emit_tensor *x,
                                const struct ane_dims *d);
 
-/* Heads of q or k as attention takes them: normed with a weight (1, 1, 1, head_dim), unless it is NULL, and rotated. */
+/* Heads of q or k as attention takes them: normed with a weight (1, 1, 1, head_dim), unless it is NULL, and rotated,
+ * where the model has RoPE. */
 struct emit_tensor ane_norm_and_rotate(struct emitter *e, const char *name, const struct emit_tensor *heads,
                                        const struct emit_tensor *weight, const struct ane_dims *d);
 /* q, k, v before attention: q and k normed (with qk_norm) and rotated, and all three as they come from the weights. */
@@ -90,6 +105,9 @@ struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *inpu
                                const struct ane_dims *d);
 /* sigmoid(x) of rows or of a plane, and 1 - sigmoid(x) if that is asked for. */
 struct emit_tensor ane_sigmoid(struct emitter *e, const struct emit_tensor *x, struct emit_tensor *complement);
+/* GELU of rows or of a plane, and its slope there: kind of enum anellm_gelu (gelu.c). */
+struct emit_tensor ane_gelu(struct emitter *e, const struct emit_tensor *x, int kind);
+struct emit_tensor ane_gelu_slope(struct emitter *e, const struct emit_tensor *x, int kind);
 /* Scores q kᵀ / sqrt(head_dim), without mask: [1, B*n_heads, Tp, Tp]. */
 struct emit_tensor ane_qk(struct emitter *e, const struct emit_tensor *q, const struct emit_tensor *k,
                           const struct ane_dims *d);

@@ -24,7 +24,7 @@ static void ffn_bwd_w2(struct anellm_ane_io *in, struct anellm_ane_io *out, cons
 }
 
 static void ffn_bwd_w13(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
-    place(in, out, d, "dgate_up", "w13", ANELLM_ANE_FIELD_WEIGHTS, "dx", 2 * d->hidden, d->dim);
+    place(in, out, d, "dgate_up", "w13", ANELLM_ANE_FIELD_WEIGHTS, "dx", d->gate_up, d->dim);
 }
 
 static void wo_bwd(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {

@@ -121,6 +121,29 @@ struct emit_tensor ane_ungroup(struct emitter *e, const char *name, const struct
     return fold(e, name, x, 1, d->B * d->n_heads, d->Tp, x->dims[3]);
 }
 
+/* ---- biases ----------------------------------------------------------------------------------------------------- */
+
+void ane_place_bias(struct anellm_ane_io *in, const char *name, int64_t n, const struct ane_dims *d) {
+    const int64_t columns = (n + d->dim - 1) / d->dim;
+    ane_place_beside(in, name, d->dim, (columns + ANELLM_ANE_BIAS_COLUMNS - 1) / ANELLM_ANE_BIAS_COLUMNS *
+                                           ANELLM_ANE_BIAS_COLUMNS, ANELLM_ANE_FIELD_WEIGHTS_T);
+}
+
+struct emit_tensor ane_bias(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
+                            const char *field, int64_t n) {
+    const struct emit_tensor columns = ane_rows(e, input, in, field); /* (1, 1, columns, dim) */
+    const int64_t dim = columns.dims[3], used = (n + dim - 1) / dim, begin[4] = {0}, size[4] = {1, 1, used, dim};
+    const struct emit_tensor some = emit_slice(e, field, &columns, begin, size);
+    return emit_reshape(e, field, &some, 1, 1, 1, used * dim);
+}
+
+struct emit_tensor ane_add_bias(struct emitter *e, const char *name, const struct emit_tensor *rows,
+                                const struct emit_tensor *bias, int64_t first) {
+    const int64_t begin[4] = {0, 0, 0, first}, size[4] = {1, 1, 1, rows->dims[3]};
+    const struct emit_tensor part = emit_slice(e, name, bias, begin, size);
+    return emit_binary(e, name, "add", rows, &part);
+}
+
 /* ---- q/k-norm and rotation -------------------------------------------------------------------------------------- */
 
 static void fill_ones(float *out, int64_t height, int64_t width, const void *context) {
@@ -185,9 +208,8 @@ static struct emit_tensor rotate(struct emitter *e, const char *name, const stru
 
 struct emit_tensor ane_norm_and_rotate(struct emitter *e, const char *name, const struct emit_tensor *heads,
                                        const struct emit_tensor *weight, const struct ane_dims *d) {
-    if (weight == NULL) return rotate(e, name, heads, d);
-    const struct emit_tensor normed = norm_heads(e, name, heads, weight, d);
-    return rotate(e, name, &normed, d);
+    const struct emit_tensor normed = weight == NULL ? *heads : norm_heads(e, name, heads, weight, d);
+    return d->rope ? rotate(e, name, &normed, d) : normed;
 }
 
 void ane_place_qkv(struct anellm_ane_io *out, const struct ane_dims *d) {
@@ -199,11 +221,18 @@ void ane_place_qkv(struct anellm_ane_io *out, const struct ane_dims *d) {
     ane_place_below(out, "k_raw", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
 }
 
+void ane_place_mlp(struct anellm_ane_io *io, const struct ane_dims *d) {
+    ane_place_below(io, d->gelu == ANE_SWIGLU ? "gate" : "pre", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+    if (d->gelu == ANE_SWIGLU) ane_place_below(io, "up", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+}
+
 struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                                const struct ane_dims *d) {
     struct ane_qkv out;
     const struct anellm_ane_field *wqkv = anellm_ane_find(in, "wqkv");
     const struct emit_tensor x = ane_rows(e, input, in, "x");
+    struct emit_tensor bias;
+    if (d->bias) bias = ane_bias(e, input, in, "bqkv", wqkv->columns);
     const struct {
         const char *name;
         int64_t column, columns;
@@ -215,6 +244,7 @@ struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *inpu
         const struct emit_tensor plane = emit_field(e, input, &part);
         const struct emit_tensor weight = emit_reshape(e, part.name, &plane, 1, 1, part.channels, part.columns);
         *parts[i].rows = emit_matmul(e, part.name, &x, &weight, 0);
+        if (d->bias) *parts[i].rows = ane_add_bias(e, part.name, parts[i].rows, &bias, parts[i].column);
     }
     out.q = ane_rows_to_heads(e, "q", &out.q_raw, d);
     out.k = ane_rows_to_heads(e, "k", &out.k_raw, d);
