@@ -53,13 +53,17 @@ struct anellm_layer_saved {
     float *gate_up;    /* (N, rows of w->gate_up) without bias; backward overwrites it; NULL where bf16 is kept */
     uint16_t *gate_up_bf16;
 };
+/* Floats from one row of logits to the next: whole cache lines, so that no vector lies across two of them, and an odd
+ * number, so that the rows of a tile do not share a few sets of the caches. */
+static inline int64_t anellm_logits_ld(int64_t n_classes) { return 16 * ((n_classes + 15) / 16 | 1); }
+
 struct anellm_head_saved {
     float *x;          /* (N, dim) input of the final norm */
     float *mean;       /* (N) */
     float *rstd;       /* (N) */
     float *h;          /* (N, dim) the normed x */
     float *lse;        /* (N) */
-    float *logits;     /* (chunk_rows, n_classes); holds all logits when chunk_rows == N */
+    float *logits;     /* (chunk_rows, n_classes), rows anellm_logits_ld apart; holds all logits when chunk_rows == N */
     int64_t chunk_rows;
 };
 

@@ -47,7 +47,14 @@ static struct {
     anellm_range_body *body;
     void *context;
     int64_t n, grain;
-    _Atomic int64_t next;
+    int n_shares;
+    /* Each thread has a share of the pieces, one behind the other, and helps with those of others when it is through.
+     * So it finds in its own caches what it wrote there in the loop before, which was probably over the same rows: where
+     * two cores share no cache, as on two dies, a line that the other one wrote last takes longest to come. */
+    struct share {
+        _Alignas(64) _Atomic int64_t next;
+        int64_t end;
+    } shares[MAX_THREADS];
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
 
 static struct {
@@ -205,22 +212,41 @@ static inline int spin(int (*condition)(uint64_t), uint64_t argument) {
     }
 }
 
-static void run_pieces(void) {
-    int64_t n = pool.n, grain = pool.grain;
-    for (;;) {
-        int64_t begin = atomic_fetch_add_explicit(&pool.next, grain, memory_order_relaxed);
-        if (begin >= n) return;
-        pool.body(pool.context, begin, n - begin < grain ? n : begin + grain);
+/* The first piece of a share; of share n_shares, the end. */
+static int64_t share_begin(int64_t n_pieces, int n_shares, int64_t share) {
+    const int64_t each = n_pieces / n_shares, more = n_pieces % n_shares;
+    return share * each + (share < more ? share : more);
+}
+
+int64_t anellm_next_piece(int64_t piece, int64_t n_pieces) {
+    const int n_shares = anellm_get_threads();
+    const int64_t each = n_pieces / n_shares, more = n_pieces % n_shares, long_ones = more * (each + 1);
+    const int64_t share = piece < long_ones ? piece / (each + 1) : more + (piece - long_ones) / (each > 0 ? each : 1);
+    return piece + 1 < share_begin(n_pieces, n_shares, share + 1) ? piece + 1 : share_begin(n_pieces, n_shares, share);
+}
+
+/* thread: 0 is the caller, i + 1 the worker i. */
+static void run_pieces(int thread) {
+    const int64_t n = pool.n, grain = pool.grain;
+    const int n_shares = pool.n_shares;
+    for (int i = 0; i < n_shares; i++) {
+        struct share *share = &pool.shares[(thread + i) % n_shares];
+        for (;;) {
+            const int64_t piece = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed);
+            if (piece >= share->end) break;
+            const int64_t begin = piece * grain;
+            pool.body(pool.context, begin, n - begin < grain ? n : begin + grain);
+        }
     }
 }
 
 /* Enter the open loop, once a generation, and help. Returns the generation last entered. */
-static uint64_t join_loop(uint64_t seen) {
+static uint64_t join_loop(uint64_t seen, int thread) {
     uint64_t gate = atomic_load(&pool.gate);
     do {
         if ((gate & GATE_OPEN) == 0 || gate / GATE_GENERATION == seen) return seen;
     } while (!atomic_compare_exchange_weak(&pool.gate, &gate, gate + 1));
-    run_pieces();
+    run_pieces(thread);
     uint64_t rest = atomic_fetch_sub(&pool.gate, 1) - 1;
     /* Sequentially consistent on both sides: either the caller sees the gate empty, or this sees it asleep. */
     if ((rest & (GATE_OPEN | GATE_COUNT)) == 0 && atomic_load(&pool.caller_sleeping)) {
@@ -237,7 +263,7 @@ static void *worker(void *argument) {
     int index = (int)(intptr_t)argument;
     uint64_t seen = 0;
     for (;;) {
-        seen = join_loop(seen);
+        seen = join_loop(seen, index + 1);
         if (!surplus(index) && spin(gate_has_news, seen)) continue;
         pthread_mutex_lock(&pool.lock);
         atomic_fetch_add(&pool.n_sleeping, 1);
@@ -306,9 +332,13 @@ void anellm_parallel_for(int64_t n, int64_t grain, anellm_range_body *body, void
     pool.context = context;
     pool.n = n;
     pool.grain = grain;
-    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
+    pool.n_shares = n_threads;
+    for (int i = 0; i < n_threads; i++) {
+        atomic_store_explicit(&pool.shares[i].next, share_begin(n_pieces, n_threads, i), memory_order_relaxed);
+        pool.shares[i].end = share_begin(n_pieces, n_threads, i + 1);
+    }
     open_gate(n_pieces - 1);
-    run_pieces();
+    run_pieces(0);
     close_gate();
     atomic_store(&pool.busy, 0);
 }

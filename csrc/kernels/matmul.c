@@ -5,6 +5,8 @@
 
 /* Rows of packed A that a thread works on at a time: with kc they should fit the second-level cache. */
 enum { ROWS_IN_CACHE = 192 };
+/* Bytes of packed A, of one block of kc, that may take up the second-level cache. */
+enum { A_IN_CACHE = 512 << 10 };
 /* Bounds on the blocks packed for all threads: rows (columns), and bytes. Every tile reads all of a block, so it should
  * come from a cache near the core; with many threads, what counts more is that they seldom wait for each other. */
 enum { SHARED_ROWS = 1024, SHARED_BYTES = 1 << 20, THREADS_PER_BLOCK = 4 };
@@ -94,23 +96,42 @@ static void multiply_plainly(const struct product *p, int64_t i, int64_t i_end, 
     }
 }
 
-/* What this thread will pack after the block of k that ends at `k`: the next block of the same tile, or the first of
- * the tile beside it, which this thread or another will take soon. */
-static struct matmul_ahead what_is_next(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end,
-                                        int64_t k) {
-    if (k >= p->ks) {
-        k = 0;
-        if (p->shared_b != NULL)
-            i = i_end;
-        else
-            j = j_end;
+/* The first row (column) of the tile that this thread takes after the one at `place`, of n rows cut into tiles of
+ * `length`; after the last of its share comes the first. */
+static int64_t tile_after(int64_t place, int64_t length, int64_t n) {
+    return anellm_next_piece(place / length, (n + length - 1) / length) * length;
+}
+
+/* What a thread packs while it works on the tile with the rows from i on and the columns j .. j_end - 1: those rows of
+ * A, or the columns c .. c + c_step - 1 of B, from k on. */
+struct packing {
+    int64_t i, j, j_end, c, c_step, k;
+};
+
+/* What this thread will pack after `now`: the next columns or the next block of k of the same tile, or the first of the
+ * tile that it will take next, in this part of K or in the one behind it. */
+static struct matmul_ahead what_is_next(const struct product *p, struct packing now) {
+    const int packs_a = p->shared_a == NULL, packs_b = p->shared_b == NULL;
+    now.c += now.c_step;
+    if (now.c >= now.j_end) {
+        now.c = now.j;
+        now.k += p->kc;
     }
-    int64_t kc = min64(p->kc, p->ks - k), m = min64(p->mt, p->m0 + p->ms - i), n = min64(p->nt, p->n0 + p->ns - j);
-    if (p->shared_b != NULL && p->shared_a == NULL)
-        return look_ahead(p->A, p->ld_a, p->k_contiguous_a, i, m, p->k0 + k, kc);
-    if (p->shared_a != NULL && p->shared_b == NULL)
-        return look_ahead(p->B, p->ld_b, p->k_contiguous_b, j, n, p->k0 + k, kc);
-    return look_ahead(p->C, p->ld_c, 1, i, 1, 0, 1); /* packed already: a line that is there anyway */
+    if (now.k >= p->k0 + p->ks && packs_a != packs_b) {
+        const int64_t at = packs_a ? now.i - p->m0 : now.j - p->n0;
+        const int64_t next = tile_after(at, packs_a ? p->mt : p->nt, packs_a ? p->ms : p->ns);
+        now.k = next > at ? p->k0 : p->k0 + p->ks;
+        if (packs_a)
+            now.i = p->m0 + next;
+        else
+            now.c = p->n0 + next;
+    }
+    const int64_t kc = min64(p->kc, p->K - now.k);
+    if (kc > 0 && packs_a && !packs_b)
+        return look_ahead(p->A, p->ld_a, p->k_contiguous_a, now.i, min64(p->mt, p->m0 + p->ms - now.i), now.k, kc);
+    if (kc > 0 && packs_b && !packs_a)
+        return look_ahead(p->B, p->ld_b, p->k_contiguous_b, now.c, min64(now.c_step, p->n0 + p->ns - now.c), now.k, kc);
+    return look_ahead(p->C, p->ld_c, 1, now.i, 1, 0, 1); /* nothing to foresee: a line that is there anyway */
 }
 
 /* C starts from the residual. Done tile by tile, so that the copy is still in a cache when the sums are added to it. */
@@ -119,13 +140,18 @@ static void copy_residual(const struct product *p, int64_t i, int64_t i_end, int
         memcpy(p->C + i * p->ld_c + j, p->residual + i * p->ld_residual + j, (size_t)(j_end - j) * sizeof(float));
 }
 
-/* One tile over the block of k in work. Rows i .., columns j .. of C; shared panels start at m0, n0, k0. */
+/* One tile over the block of k in work. Rows i .., columns j .. of C; shared panels start at m0, n0, k0. Where the
+ * panels of A that all share fit the second-level cache, B is packed a panel at a time, which is then in the first. */
 static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
     const struct matmul_engine *engine = p->engine;
     if (p->residual != NULL && p->k0 == 0) copy_residual(p, i, i_end, j, j_end);
-    int64_t kc_max = min64(p->kc, p->ks), rows = min64(round_up(ROWS_IN_CACHE, engine->mr), i_end - i);
+    const int64_t kc_max = min64(p->kc, p->ks);
+    const int by_panels = p->shared_a != NULL && p->shared_b == NULL &&
+                          panel_bytes(engine, i_end - i, engine->mr, kc_max) <= A_IN_CACHE;
+    const int64_t columns = by_panels ? engine->nr : j_end - j;
+    const int64_t rows = by_panels ? i_end - i : min64(round_up(ROWS_IN_CACHE, engine->mr), i_end - i);
     size_t bytes_a = p->shared_a != NULL ? 0 : panel_bytes(engine, rows, engine->mr, kc_max);
-    size_t bytes_b = p->shared_b != NULL ? 0 : panel_bytes(engine, j_end - j, engine->nr, kc_max);
+    size_t bytes_b = p->shared_b != NULL ? 0 : panel_bytes(engine, columns, engine->nr, kc_max);
     bytes_a = (bytes_a + 63) / 64 * 64;
     unsigned char *own_a = anellm_scratch(ANELLM_SCRATCH_MATMUL_OWN, bytes_a + bytes_b);
     if (own_a == NULL) {
@@ -135,24 +161,27 @@ static void multiply_tile(const struct product *p, int64_t i, int64_t i_end, int
     unsigned char *own_b = own_a + bytes_a;
     if (engine->enter != NULL) engine->enter();
     for (int64_t k = 0; k < p->ks; k += p->kc) {
-        int64_t kc = min64(p->kc, p->ks - k);
-        int accumulate = p->accumulate || p->k0 + k > 0;
-        const unsigned char *b = own_b;
-        if (p->shared_b != NULL)
-            b = p->shared_b + panel_bytes(engine, p->ns, engine->nr, k) +
-                panel_bytes(engine, j - p->n0, engine->nr, kc);
-        else
-            pack_columns_b(p, own_b, j, j_end, p->k0 + k, kc);
-        struct matmul_ahead ahead = what_is_next(p, i, i_end, j, j_end, k + kc);
-        for (int64_t r = i; r < i_end; r += rows) {
-            int64_t r_end = min64(r + rows, i_end);
-            const unsigned char *a = own_a;
-            if (p->shared_a != NULL)
-                a = p->shared_a + panel_bytes(engine, p->ms, engine->mr, k) +
-                    panel_bytes(engine, r - p->m0, engine->mr, kc);
+        const int64_t kc = min64(p->kc, p->ks - k);
+        const int accumulate = p->accumulate || p->k0 + k > 0;
+        for (int64_t c = j; c < j_end; c += columns) {
+            const int64_t c_end = min64(c + columns, j_end);
+            const unsigned char *b = own_b;
+            if (p->shared_b != NULL)
+                b = p->shared_b + panel_bytes(engine, p->ns, engine->nr, k) +
+                    panel_bytes(engine, c - p->n0, engine->nr, kc);
             else
-                pack_rows_a(p, own_a, r, r_end, p->k0 + k, kc);
-            multiply_panels(p, a, b, r, r_end, j, j_end, kc, accumulate, &ahead);
+                pack_columns_b(p, own_b, c, c_end, p->k0 + k, kc);
+            struct matmul_ahead ahead = what_is_next(p, (struct packing){i, j, j_end, c, columns, p->k0 + k});
+            for (int64_t r = i; r < i_end; r += rows) {
+                const int64_t r_end = min64(r + rows, i_end);
+                const unsigned char *a = own_a;
+                if (p->shared_a != NULL)
+                    a = p->shared_a + panel_bytes(engine, p->ms, engine->mr, k) +
+                        panel_bytes(engine, r - p->m0, engine->mr, kc);
+                else
+                    pack_rows_a(p, own_a, r, r_end, p->k0 + k, kc);
+                multiply_panels(p, a, b, r, r_end, c, c_end, kc, accumulate, &ahead);
+            }
         }
     }
     if (engine->leave != NULL) engine->leave();
@@ -225,7 +254,7 @@ static void choose_tiles(struct product *p) {
         p->ms = even_blocks(p->M, engine->mr);
         p->ns = p->N;
         p->mt = p->ms;
-        p->nt = tile_length(p->N, engine->nr, tiles, 1, 3);
+        p->nt = tile_length(p->N, engine->nr, tiles, 1, 6);
         int64_t across = (p->N + p->nt - 1) / p->nt;
         if (across < tiles) p->mt = tile_length(p->ms, engine->mr, tiles / across + 1, 2, p->ms);
     }

@@ -27,7 +27,7 @@ const struct matmul_engine *matmul_bf16_engine__avx512bf16(void) {
     static const struct matmul_engine engine = {
         .mr = MR,
         .nr = NR,
-        .kc = 512,
+        .kc = 768,
         .k_unit = K_PER_STEP,
         .element_bytes = sizeof(uint16_t),
         .pack_a = pack_a,

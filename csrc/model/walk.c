@@ -116,7 +116,7 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
         plan->last_x = s->x;
     }
     struct anellm_head_saved *head = &plan->head;
-    const int64_t row_bytes = (int64_t)c->vocab_size * (int64_t)sizeof(float);
+    const int64_t row_bytes = anellm_logits_ld(c->vocab_size) * (int64_t)sizeof(float);
     const int keep_all = N * row_bytes <= (dtype == ANELLM_DTYPE_BF16 ? LOGITS_KEPT_BF16_BYTES : LOGITS_KEPT_BYTES);
     head->x = plan->last_x;
     head->rstd = carve(base, &at, N);
@@ -124,7 +124,7 @@ static void make_plan(struct plan *plan, char *base, const anellm_config *c, int
     head->h = carve(base, &at, N * dim);
     head->lse = carve(base, &at, N);
     head->chunk_rows = keep_all ? N : min64(N, max64(MIN_CHUNK_ROWS, LOGITS_CHUNK_BYTES / row_bytes));
-    head->logits = carve(base, &at, head->chunk_rows * c->vocab_size);
+    head->logits = carve(base, &at, head->chunk_rows * anellm_logits_ld(c->vocab_size));
     plan->kept_bytes = at;
     plan->workspace.h = carve(base, &at, N * dim);
     plan->workspace.scratch_a = carve(base, &at, N * max64(training ? q + 2 * kv : 0, hidden));

@@ -73,6 +73,27 @@ static void test_loops(void) {
     free(marks.seen);
 }
 
+/* Following anellm_next_piece leads through the pieces of one thread's share, in order, and back to its first. */
+static void test_shares(void) {
+    for (int threads = 1; threads <= 5; threads++) {
+        EXPECT(anellm_set_threads(threads) == ANELLM_OK);
+        for (int64_t n = 1; n < 40; n++) {
+            int64_t shares = 0, longest = 0, shortest = n;
+            for (int64_t first = 0; first < n;) {
+                int64_t length = 1;
+                while (length < n && anellm_next_piece(first + length - 1, n) == first + length) length++;
+                EXPECT(anellm_next_piece(first + length - 1, n) == first);
+                if (length > longest) longest = length;
+                if (length < shortest) shortest = length;
+                first += length;
+                shares++;
+            }
+            EXPECT(shares == (n < threads ? n : threads));
+            EXPECT(longest - shortest <= 1);
+        }
+    }
+}
+
 /* Workers fall asleep between loops: waking up must not lose a loop. */
 static void test_sleeping_workers(void) {
     EXPECT(anellm_set_threads(3) == ANELLM_OK);
@@ -260,6 +281,7 @@ static void test_fork(void) {
 int main(void) {
     EXPECT(anellm_get_threads() >= 1);
     test_loops();
+    test_shares();
     test_sleeping_workers();
     test_caller_waits();
     test_concurrent_callers();

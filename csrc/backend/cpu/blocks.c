@@ -2,6 +2,7 @@
 #include "backend/backend.h"
 #include "core/status.h"
 #include "core/threads.h"
+#include "kernels/attention.h"
 #include "kernels/matmul.h"
 
 #include <math.h>
@@ -112,6 +113,50 @@ int anellm_cpu_activation_backward(const anellm_config *c, float *pre, const flo
     return anellm_swiglu_backward(pre, dact, pre, N, c->hidden_dim);
 }
 
+struct activation_gradient {
+    const anellm_config *config;
+    float *pre;               /* (N, width) becomes its gradient; read from pre_bf16 where that is kept */
+    const uint16_t *pre_bf16;
+    float *dact;              /* (N, hidden_dim) becomes the activation */
+    const float *bias;
+    int64_t width;
+    atomic_int status;
+};
+
+/* Rows so few that all of them stay in the second-level cache from one step to the next. */
+enum { ACTIVATION_BYTES = 256 << 10, SCRATCH_ACTIVATION = ANELLM_SCRATCH_ATTENTION };
+
+static int activation_gradient_rows(struct activation_gradient *g, int64_t first, int64_t rows) {
+    const anellm_config *c = g->config;
+    const int64_t hidden = c->hidden_dim;
+    float *act = anellm_scratch(SCRATCH_ACTIVATION, (size_t)(rows * hidden) * sizeof(float));
+    float *pre = g->pre + first * g->width, *dact = g->dact + first * hidden;
+    if (act == NULL) return anellm_fail(ANELLM_NOMEM, "no memory for %lld rows of activations", (long long)rows);
+    if (g->pre_bf16 != NULL)
+        ANELLM_TRY(anellm_convert_bf16_to_f32(pre, g->pre_bf16 + first * g->width, rows * g->width));
+    ANELLM_TRY(anellm_cpu_activation_forward(c, act, pre, g->bias, rows));
+    ANELLM_TRY(anellm_cpu_activation_backward(c, pre, dact, g->bias, rows));
+    copy_rows(dact, act, rows * hidden);
+    return ANELLM_OK;
+}
+
+static void activation_gradient_body(void *context, int64_t begin, int64_t end) {
+    struct activation_gradient *g = context;
+    const int status = activation_gradient_rows(g, begin, end - begin);
+    if (status != ANELLM_OK) atomic_store(&g->status, status);
+}
+
+/* pre becomes its gradient, and dact the activation, which is cheaper to compute again than to keep. */
+static int activation_again(const anellm_config *c, float *pre, const uint16_t *pre_bf16, float *dact,
+                            const float *bias, int64_t N) {
+    struct activation_gradient g = {.config = c, .pre = pre, .pre_bf16 = pre_bf16, .dact = dact, .bias = bias,
+                                    .width = anellm_gate_up_dim(c)};
+    const int64_t row_bytes = (g.width + 2 * c->hidden_dim) * (int64_t)sizeof(float);
+    anellm_parallel_for(N, ACTIVATION_BYTES / row_bytes, activation_gradient_body, &g);
+    const int status = atomic_load(&g.status);
+    return status == ANELLM_OK ? status : anellm_fail_in(__func__, status, "no memory for scratch");
+}
+
 int anellm_cpu_bias_backward(float *db, const float *dout, int64_t N, int64_t columns) {
     return db == NULL ? ANELLM_OK : anellm_bias_backward(db, dout, columns, N, columns);
 }
@@ -197,12 +242,10 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
     float *h = step->workspace->h, *act = step->workspace->scratch_a, *dact = act;
     float *gate_up = saved->gate_up_bf16 == NULL ? saved->gate_up : step->workspace->gate_up, *dgate_up = gate_up;
 
-    if (saved->gate_up_bf16 != NULL) ANELLM_TRY(anellm_convert_bf16_to_f32(gate_up, saved->gate_up_bf16, N * width));
-    ANELLM_TRY(anellm_cpu_activation_forward(c, act, gate_up, w->gate_up_bias, N));
+    ANELLM_TRY(multiply(step, dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
+    ANELLM_TRY(activation_again(c, gate_up, saved->gate_up_bf16, dact, w->gate_up_bias, N));
     ANELLM_TRY(anellm_cpu_bias_backward(dw->down_bias, dx, N, dim));
     ANELLM_TRY(multiply(step, dw->down, hidden, dx, dim, 1, act, hidden, 0, dim, hidden, N, step->accumulate));
-    ANELLM_TRY(multiply(step, dact, hidden, dx, dim, 0, w->down, hidden, 0, N, hidden, dim, 0));
-    ANELLM_TRY(anellm_cpu_activation_backward(c, gate_up, dact, w->gate_up_bias, N));
     ANELLM_TRY(anellm_cpu_bias_backward(dw->gate_up_bias, dgate_up, N, width));
     ANELLM_TRY(anellm_cpu_norm_forward(c, h, NULL, NULL, saved->mid, w->mlp_norm, w->mlp_norm_bias, N));
     ANELLM_TRY(multiply(step, dw->gate_up, dim, dgate_up, width, 1, h, dim, 0, width, dim, N, step->accumulate));
@@ -213,9 +256,9 @@ static int cpu_mlp_backward(void *state, const struct anellm_step *step, float *
 
 static int head_logits(float *logits, const struct anellm_step *step, const float *h, int64_t rows,
                        const struct anellm_head_weights *w) {
-    const int64_t dim = step->config->dim, classes = step->n_classes;
-    ANELLM_TRY(multiply(step, logits, classes, h, dim, 0, w->classifier, dim, 1, rows, classes, dim, 0));
-    for (int64_t i = 0; step->other_bias != 0.0f && i < rows; ++i) logits[(i + 1) * classes - 1] += step->other_bias;
+    const int64_t dim = step->config->dim, classes = step->n_classes, ld = anellm_logits_ld(classes);
+    ANELLM_TRY(multiply(step, logits, ld, h, dim, 0, w->classifier, dim, 1, rows, classes, dim, 0));
+    for (int64_t i = 0; step->other_bias != 0.0f && i < rows; ++i) logits[i * ld + classes - 1] += step->other_bias;
     return ANELLM_OK;
 }
 
@@ -224,16 +267,17 @@ static int cpu_classifier_forward(void *state, const struct anellm_step *step, f
                                   const struct anellm_head_saved *saved) {
     (void)state;
     const anellm_config *c = step->config;
-    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes;
+    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes, ld = anellm_logits_ld(vocab);
 
     ANELLM_TRY(anellm_cpu_norm_forward(c, saved->h, saved->mean, saved->rstd, saved->x, w->norm, w->norm_bias, N));
     if (targets == NULL && logits == NULL) return ANELLM_OK;
     for (int64_t row = 0; row < N; row += saved->chunk_rows) {
         const int64_t rows = N - row < saved->chunk_rows ? N - row : saved->chunk_rows;
         ANELLM_TRY(head_logits(saved->logits, step, saved->h + row * dim, rows, w));
-        if (logits != NULL) copy_rows(logits + row * vocab, saved->logits, rows * vocab);
+        for (int64_t i = 0; logits != NULL && i < rows; ++i)
+            copy_rows(logits + (row + i) * vocab, saved->logits + i * ld, vocab);
         if (targets != NULL)
-            ANELLM_TRY(anellm_cross_entropy_forward(losses + row, saved->lse + row, saved->logits, vocab, targets + row,
+            ANELLM_TRY(anellm_cross_entropy_forward(losses + row, saved->lse + row, saved->logits, ld, targets + row,
                                                     rows, vocab));
     }
     return ANELLM_OK;
@@ -244,7 +288,7 @@ static int cpu_classifier_backward(void *state, const struct anellm_step *step, 
                                    const struct anellm_head_weights *w, const struct anellm_head_saved *saved) {
     (void)state;
     const anellm_config *c = step->config;
-    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes;
+    const int64_t N = step->B * step->T, dim = c->dim, vocab = step->n_classes, ld = anellm_logits_ld(vocab);
     float *dh = step->workspace->h, *dlogits = saved->logits;
 
     for (int64_t row = 0; row < N; row += saved->chunk_rows) {
@@ -252,10 +296,10 @@ static int cpu_classifier_backward(void *state, const struct anellm_step *step, 
         const float *h = saved->h + row * dim;
         /* With a single chunk the logits of forward are still there. */
         if (saved->chunk_rows < N) ANELLM_TRY(head_logits(saved->logits, step, h, rows, w));
-        ANELLM_TRY(anellm_cross_entropy_backward(dlogits, vocab, saved->logits, vocab, saved->lse + row, targets + row,
-                                                 rows, vocab, scale));
-        ANELLM_TRY(multiply(step, dh + row * dim, dim, dlogits, vocab, 0, w->classifier, dim, 0, rows, dim, vocab, 0));
-        ANELLM_TRY(multiply(step, dw->classifier, dim, dlogits, vocab, 1, h, dim, 0, vocab, dim, rows,
+        ANELLM_TRY(anellm_cross_entropy_backward(dlogits, ld, saved->logits, ld, saved->lse + row, targets + row, rows,
+                                                 vocab, scale));
+        ANELLM_TRY(multiply(step, dh + row * dim, dim, dlogits, ld, 0, w->classifier, dim, 0, rows, dim, vocab, 0));
+        ANELLM_TRY(multiply(step, dw->classifier, dim, dlogits, ld, 1, h, dim, 0, vocab, dim, rows,
                                  step->accumulate || row > 0));
     }
     return anellm_cpu_norm_backward(c, dx, dw->norm, dw->norm_bias, dh, saved->x, w->norm, saved->mean, saved->rstd, N,
