@@ -165,6 +165,8 @@ assert (fake().fake_ane_live(), files()) == (0, [])
         {"tie_embeddings": False},
         {"mode": "static"},
         {"mode": "static", "qk_norm": True},
+        {"arch": "gpt2", "n_kv_heads": 2, "bias": True},
+        {"arch": "gpt2", "n_kv_heads": 2, "gelu": "erf", "mode": "static"},
     ],
 )
 def test_training_equals_the_simulator(shape: dict[str, object], built: Path, tmp_path: Path) -> None:

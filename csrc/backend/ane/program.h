@@ -43,6 +43,15 @@
  *                      {wo_t}
  *   qkv_bwd_static   dqkv (q+2kv) {wqkv_t}                              dx (dim)
  *
+ *  and where a GPT-2 differs; in brackets with biases, which bqkv and b1 hold as columns of dim values, 32 or a
+ *  multiple, the last ones unused:
+ *   attn_fwd, attn_scores  .. [| bqkv (dim, 32)]                        as above, nothing is rotated
+ *   ffn_fwd          h (dim) | w1 T | w2 [| b1 (dim, 32)]               y (dim), pre (hidden), which is without b1
+ *   ffn_bwd_w13      dgate_up (hidden) | w13 (hidden, dim): dpre, W1    dx (dim)
+ *   attn_fwd_static  x (dim) {wqkv, wo [, bqkv]}                        as above
+ *   ffn_fwd_static   h (dim) {w1, w2 [, b1]}                            as ffn_fwd
+ *   ffn_bwd_static   dy (dim) then pre (hidden) {w2_t, w1_t [, b1]}     dx (dim), dpre (hidden)
+ *
  * q and k (and their gradients) are the rotated ones wherever they leave or enter a program; q_raw and k_raw come
  * before q/k-norm and rotation. norms: column 0 is the weight of q_norm, column 1 that of k_norm, in channels
  * 0 .. head_dim-1. p, dp, ds, scores are planes: channel h*Tp + i is query i of head h, column b*Tp + j is key j of

@@ -5,8 +5,8 @@
  * The tanh approximation is that exactly, since (1 + tanh(z)) / 2 = sigmoid(2 z):
  *   u = 2 sqrt(2/pi) (x + 0.044715 x^3)
  * The exact one, x Phi(x), is that with u = log(Phi(x) / Phi(-x)), an odd function. Of degree 5 with coefficients that
- * fp16 holds, fitted here over |x| <= 5.5, it leaves x Phi(x) within 4.7e-5 and its slope within 1.6e-4, a tenth of
- * what fp16 rounds at 1.
+ * fp16 holds, fitted here over |x| <= 5.5, it leaves x Phi(x) within 4.7e-5 and its slope within 1.6e-4, a tenth and
+ * a third of what fp16 rounds at 1.
  *
  * u is taken of x limited to [-8, 8], where it is -27 and 27 or more and the sigmoid 0 and 1: x^3 would leave fp16. */
 #include "backend/ane/kernels/kernel.h"
