@@ -66,7 +66,7 @@ def matmul_shapes(shape: ModelConfig) -> list[tuple[int, int]]:
     return [
         (shape.q_dim + 2 * shape.kv_dim, shape.dim),
         (shape.dim, shape.q_dim),
-        ((1 if shape.arch == "gpt2" else 2) * shape.hidden_dim, shape.dim),
+        (shape.gate_up_dim, shape.dim),
         (shape.dim, shape.hidden_dim),
         (shape.vocab_size, shape.dim),
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkverb import refused, run_check
 
 from anellm import check, debug_state
 from anellm.config import ModelConfig
@@ -28,18 +29,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(*argv: Any, model: Path | str = MODEL, code: int = 0) -> dict[str, Any]:
-    assert check.main(["--model", str(model), *map(str, argv), "--json", "o.json"]) == code
-    values: dict[str, Any] = json.loads(Path("o.json").read_text())
-    return values
-
-
-def refused(capsys: pytest.CaptureFixture[str], code: int, *argv: Any) -> str:
-    assert check.main(list(map(str, argv))) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("anellm check: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
+    return run_check("--model", model, *argv, code=code)
 
 
 @pytest.mark.parametrize("name", ["v3.bin", "hf"])

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkverb import refused
+from checkverb import run_check as run
 
 from anellm import check, check_layers, debug_state
 from anellm.config import ModelConfig
@@ -28,21 +30,6 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ANELLM_DEBUG", raising=False)
     monkeypatch.delenv("ANELLM_DEVICE", raising=False)
-
-
-def run(*argv: Any, code: int = 0) -> dict[str, Any]:
-    assert check.main([*map(str, argv), "--json", "o.json"]) == code
-    values: dict[str, Any] = json.loads(Path("o.json").read_text())
-    return values
-
-
-def refused(capsys: pytest.CaptureFixture[str], code: int, *argv: Any) -> str:
-    assert check.main(list(map(str, argv))) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("anellm check: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def names(values: dict[str, Any]) -> list[str]:

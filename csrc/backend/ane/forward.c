@@ -45,7 +45,7 @@ static int evaluate_tail(struct anellm_ane_engine *engine, const struct tail *t,
             return ANELLM_OK;
         }
         if (attempt > 0 || !engine->options.scaling || !anellm_ane_scale_lower(scale))
-            return anellm_ane_nonfinite(t->id, t->layer, "output y is infinite");
+            return anellm_ane_infinite_output(t->id, t->layer, "y");
         engine->stats.retries++;
         engine->generation++; /* every program with this matrix stages it again */
     }
@@ -100,7 +100,7 @@ static int save_raw(struct anellm_ane_engine *engine, int id, const struct anell
     int64_t n_inf = 0;
     ANELLM_TRY(anellm_ane_get(engine, saved->qk_raw, q + kv, &q_raw, 0, 0, &n_inf));
     ANELLM_TRY(anellm_ane_get(engine, saved->qk_raw + q, q + kv, &k_raw, 0, 0, &n_inf));
-    if (n_inf > 0) return anellm_ane_nonfinite(id, step->layer, "output q_raw or k_raw is infinite");
+    if (n_inf > 0) return anellm_ane_infinite_output(id, step->layer, "q_raw or k_raw");
     memcpy(saved->qkv, saved->qk_raw, (size_t)(N * (q + kv)) * sizeof(float));
     ANELLM_TRY(anellm_cpu_qk_norm_forward(saved->qkv, q + kv, saved->qk_rstd, c, N, w));
     return check_heads(id, step, saved->qk_rstd);
@@ -111,7 +111,7 @@ static int save_attn(struct anellm_ane_engine *engine, int id, const struct anel
     const struct anellm_ane_place attn = {id, ANELLM_ANE_OUT, step->layer, "attn"};
     int64_t n_inf = 0;
     ANELLM_TRY(anellm_ane_get(engine, saved->attn, anellm_q_dim(step->config), &attn, 0, 0, &n_inf));
-    return n_inf == 0 ? ANELLM_OK : anellm_ane_nonfinite(id, step->layer, "output attn is infinite");
+    return n_inf == 0 ? ANELLM_OK : anellm_ane_infinite_output(id, step->layer, "attn");
 }
 
 /* Where the CPU computes the backward: what it needs, from the outputs q, k, v. After save_raw, whose scratch
@@ -126,7 +126,7 @@ static int save_for_cpu(struct anellm_ane_engine *engine, int id, const struct a
     ANELLM_TRY(anellm_ane_get(engine, saved->qkv, ld, &places[0], 0, 0, &n_inf));
     ANELLM_TRY(anellm_ane_get(engine, saved->qkv + q, ld, &places[1], 0, 0, &n_inf));
     ANELLM_TRY(anellm_ane_get(engine, saved->qkv + q + kv, ld, &places[2], 0, 0, &n_inf));
-    if (n_inf > 0) return anellm_ane_nonfinite(id, step->layer, "output q, k or v is infinite");
+    if (n_inf > 0) return anellm_ane_infinite_output(id, step->layer, "q, k or v");
     return anellm_ane_cpu_attention_taps(engine, step, saved);
 }
 
@@ -165,7 +165,7 @@ static int softmax_on_cpu(struct anellm_ane_engine *engine, const struct anellm_
     const int ended = anellm_ane_plane_end(&in);
     if (status == ANELLM_OK) status = ended;
     if (status == ANELLM_OK && n_inf > 0)
-        status = anellm_ane_nonfinite(ANELLM_ANE_ATTN_SCORES, step->layer, "output scores is infinite");
+        status = anellm_ane_infinite_output(ANELLM_ANE_ATTN_SCORES, step->layer, "scores");
     if (status == ANELLM_OK && step->training && !anellm_ane_on_cpu(engine, step->layer, ANELLM_ANE_ATTENTION_BACKWARD))
         status = anellm_ane_copy(engine, &kept, &p, 0, &n_inf);
     return status;

@@ -141,12 +141,6 @@ int anellm_ane_absmax(struct anellm_ane_engine *engine, const struct anellm_ane_
     return anellm_ane_plane_end(&scan.plane);
 }
 
-const struct anellm_ane_mlp_fields *anellm_ane_mlp_fields(const anellm_config *config) {
-    static const struct anellm_ane_mlp_fields swiglu = {2, {"gate", "up"}, {"dgate", "dup"}};
-    static const struct anellm_ane_mlp_fields gelu = {1, {"pre", NULL}, {"dpre", NULL}};
-    return config->arch == ANELLM_ARCH_GPT2 ? &gelu : &swiglu;
-}
-
 /* Bits of magnitudes compare like the numbers, and NaN above inf above all. */
 float anellm_ane_largest(const float *x, int64_t n) {
     int32_t most = 0;

@@ -41,13 +41,6 @@ int anellm_ane_copy_centred(struct anellm_ane_engine *engine, const struct anell
 /* max |field|, padding too; inf with any. */
 int anellm_ane_absmax(struct anellm_ane_engine *engine, const struct anellm_ane_place *place, float *absmax);
 
-/* The fields that saved->gate_up (N, n * hidden_dim) is in, beside each other, and those of its gradient. */
-struct anellm_ane_mlp_fields {
-    int n;
-    const char *values[2], *gradients[2];
-};
-const struct anellm_ane_mlp_fields *anellm_ane_mlp_fields(const anellm_config *config);
-
 /* max |x|; inf and NaN compare above all numbers. */
 float anellm_ane_largest(const float *x, int64_t n);
 

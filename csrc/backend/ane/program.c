@@ -102,6 +102,12 @@ void ane_place_beside(struct anellm_ane_io *io, const char *name, int64_t channe
     add_field(io, &field);
 }
 
+const struct anellm_ane_mlp_fields *anellm_ane_mlp_fields(const anellm_config *config) {
+    static const struct anellm_ane_mlp_fields swiglu = {2, {"gate", "up"}, {"dgate", "dup"}};
+    static const struct anellm_ane_mlp_fields gelu = {1, {"pre", NULL}, {"dpre", NULL}};
+    return config->arch == ANELLM_ARCH_GPT2 ? &gelu : &swiglu;
+}
+
 const struct anellm_ane_field *anellm_ane_find(const struct anellm_ane_io *io, const char *name) {
     for (int64_t i = 0; i < io->n_fields; i++) {
         if (strcmp(io->fields[i].name, name) == 0) return &io->fields[i];
@@ -124,7 +130,8 @@ static struct ane_dims dims_of(const struct anellm_ane_shape *shape) {
                              .qk_norm = c->qk_norm != 0, .eps = (double)c->norm_eps, .theta = c->rope_theta,
                              .scale = 1.0 / sqrt((double)c->head_dim),
                              .gate_up = anellm_gate_up_dim(c), .rope = c->arch == ANELLM_ARCH_LLAMA,
-                             .bias = c->bias != 0, .gelu = c->arch == ANELLM_ARCH_GPT2 ? c->gelu : ANE_SWIGLU};
+                             .bias = c->bias != 0, .gelu = c->arch == ANELLM_ARCH_GPT2 ? c->gelu : ANE_SWIGLU,
+                             .mlp = anellm_ane_mlp_fields(c)};
 }
 
 static int check_extent(const char *program, const char *what, int64_t value, int64_t most) {

@@ -130,6 +130,13 @@ const char *anellm_ane_program_name(int id);
  * chip takes (Q30, Q31). */
 int anellm_ane_program_io(struct anellm_ane_io *in, struct anellm_ane_io *out, int id,
                           const struct anellm_ane_shape *shape);
+/* The fields that the product with the MLP's first matrix is in, (N, n * hidden) of the model beside each other, and
+ * those of its gradient. */
+struct anellm_ane_mlp_fields {
+    int n;
+    const char *values[2], *gradients[2];
+};
+const struct anellm_ane_mlp_fields *anellm_ane_mlp_fields(const anellm_config *config);
 /* The field of that name, or NULL. */
 const struct anellm_ane_field *anellm_ane_find(const struct anellm_ane_io *io, const char *name);
 /* UNSUPPORTED as above; NOMEM. On failure *text holds nothing. weights: of a static program; NULL: zeros. */

@@ -20,11 +20,8 @@ static struct emit_tensor prepare(struct emitter *e, const char *name, const cha
 static void emit(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                  const struct ane_dims *d) {
     const struct emit_tensor x = emit_field(e, input, anellm_ane_find(in, "x"));
-    struct emit_tensor qkv = emit_conv(e, "qkv", &x, "wqkv", d->q + 2 * d->kv);
-    if (d->bias) {
-        const struct emit_tensor bias = emit_vector(e, "bqkv", d->q + 2 * d->kv, 1);
-        qkv = emit_binary(e, "qkv", "add", &qkv, &bias);
-    }
+    const struct emit_tensor product = emit_conv(e, "qkv", &x, "wqkv", d->q + 2 * d->kv);
+    const struct emit_tensor qkv = ane_biased_plane(e, "qkv", &product, "bqkv", d);
     const struct emit_tensor q_raw = ane_channels(e, "q_raw", &qkv, 0, d->q);
     const struct emit_tensor k_raw = ane_channels(e, "k_raw", &qkv, d->q, d->kv);
     const struct emit_tensor v_plane = ane_channels(e, "v", &qkv, d->q + d->kv, d->kv);

@@ -9,20 +9,16 @@
 
 static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
     ane_place_below(in, "dy", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_mlp(in, d);
+    ane_place_mlp(in, d, d->mlp->values);
     ane_place_below(out, "dx", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_below(out, d->gelu == ANE_SWIGLU ? "dgate" : "dpre", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
-    if (d->gelu == ANE_SWIGLU) ane_place_below(out, "dup", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+    ane_place_mlp(out, d, d->mlp->gradients);
 }
 
 static void emit_gelu(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
                       const struct ane_dims *d) {
     const struct emit_tensor dy = emit_field(e, input, anellm_ane_find(in, "dy"));
-    struct emit_tensor x = emit_field(e, input, anellm_ane_find(in, "pre"));
-    if (d->bias) {
-        const struct emit_tensor b1 = emit_vector(e, "b1", d->hidden, 1);
-        x = emit_binary(e, "x", "add", &x, &b1);
-    }
+    const struct emit_tensor pre = emit_field(e, input, anellm_ane_find(in, "pre"));
+    const struct emit_tensor x = ane_biased_plane(e, "x", &pre, "b1", d);
     const struct emit_tensor dact = emit_conv(e, "dact", &dy, "w2_t", d->hidden);
     const struct emit_tensor slope = ane_gelu_slope(e, &x, d->gelu);
     const struct emit_tensor dpre = emit_binary(e, "dpre", "mul", &dact, &slope);

@@ -9,7 +9,7 @@ static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const st
     ane_place_beside(in, "w2", d->dim, d->hidden, ANELLM_ANE_FIELD_WEIGHTS);
     if (d->bias) ane_place_bias(in, "b1", d->hidden, d);
     ane_place_below(out, "y", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_mlp(out, d);
+    ane_place_mlp(out, d, d->mlp->values);
 }
 
 static void emit_gelu(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,

@@ -4,16 +4,12 @@
 static void places(struct anellm_ane_io *in, struct anellm_ane_io *out, const struct ane_dims *d) {
     ane_place_below(in, "h", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
     ane_place_below(out, "y", d->dim, d->S, ANELLM_ANE_FIELD_ROWS);
-    ane_place_mlp(out, d);
+    ane_place_mlp(out, d, d->mlp->values);
 }
 
 static void emit_gelu(struct emitter *e, const struct emit_tensor *h, const struct ane_dims *d) {
     const struct emit_tensor pre = emit_conv(e, "pre", h, "w1", d->hidden);
-    struct emit_tensor x = pre;
-    if (d->bias) {
-        const struct emit_tensor b1 = emit_vector(e, "b1", d->hidden, 1);
-        x = emit_binary(e, "x", "add", &pre, &b1);
-    }
+    const struct emit_tensor x = ane_biased_plane(e, "x", &pre, "b1", d);
     const struct emit_tensor act = ane_gelu(e, &x, d->gelu);
     const struct emit_tensor planes[2] = {emit_conv(e, "y", &act, "w2", d->dim), pre};
     emit_output(e);

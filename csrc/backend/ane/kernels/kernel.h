@@ -15,6 +15,7 @@ struct ane_dims {
     int64_t gate_up;             /* rows of the MLP's first matrix: 2 hidden, or hidden with GELU */
     int qk_norm, rope, bias;
     int gelu;                    /* of enum anellm_gelu, or ANE_SWIGLU */
+    const struct anellm_ane_mlp_fields *mlp;
     double eps, theta, scale;    /* scale = 1/sqrt(head_dim) */
 };
 enum { ANE_SWIGLU = -1 };
@@ -41,8 +42,8 @@ void ane_place_beside(struct anellm_ane_io *io, const char *name, int64_t channe
 /* What backward needs of the projections: q, k, v, and with qk_norm q_raw and k_raw (parts.c). */
 void ane_place_qkv(struct anellm_ane_io *out, const struct ane_dims *d);
 
-/* And of the MLP's first matrix, without biases: gate and up, or pre with GELU. */
-void ane_place_mlp(struct anellm_ane_io *io, const struct ane_dims *d);
+/* And of the MLP: d->mlp->values, which are without bias, or ->gradients. */
+void ane_place_mlp(struct anellm_ane_io *io, const struct ane_dims *d, const char *const names[]);
 /* A bias of n values as columns beside weights: value i is in column i / dim, channel i % dim. */
 void ane_place_bias(struct anellm_ane_io *in, const char *name, int64_t n, const struct ane_dims *d);
 
@@ -68,6 +69,10 @@ struct emit_tensor ane_bias(struct emitter *e, const struct emit_tensor *input, 
                             const char *field, int64_t n);
 struct emit_tensor ane_add_bias(struct emitter *e, const char *name, const struct emit_tensor *rows,
                                 const struct emit_tensor *bias, int64_t first);
+
+/* A plane with the bias of that weight file added to its channels; the plane itself where the model has none. */
+struct emit_tensor ane_biased_plane(struct emitter *e, const char *name, const struct emit_tensor *plane,
+                                    const char *file, const struct ane_dims *d);
 
 struct emit_tensor ane_rows_to_heads(struct emitter *e, const char *name, const struct emit_tensor *rows,
                                      const struct ane_dims *d);

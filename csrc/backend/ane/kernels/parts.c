@@ -144,6 +144,13 @@ struct emit_tensor ane_add_bias(struct emitter *e, const char *name, const struc
     return emit_binary(e, name, "add", rows, &part);
 }
 
+struct emit_tensor ane_biased_plane(struct emitter *e, const char *name, const struct emit_tensor *plane,
+                                    const char *file, const struct ane_dims *d) {
+    if (!d->bias) return *plane;
+    const struct emit_tensor bias = emit_vector(e, file, plane->dims[1], 1);
+    return emit_binary(e, name, "add", plane, &bias);
+}
+
 /* ---- q/k-norm and rotation -------------------------------------------------------------------------------------- */
 
 static void fill_ones(float *out, int64_t height, int64_t width, const void *context) {
@@ -221,9 +228,8 @@ void ane_place_qkv(struct anellm_ane_io *out, const struct ane_dims *d) {
     ane_place_below(out, "k_raw", d->kv, d->S, ANELLM_ANE_FIELD_ROWS);
 }
 
-void ane_place_mlp(struct anellm_ane_io *io, const struct ane_dims *d) {
-    ane_place_below(io, d->gelu == ANE_SWIGLU ? "gate" : "pre", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
-    if (d->gelu == ANE_SWIGLU) ane_place_below(io, "up", d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
+void ane_place_mlp(struct anellm_ane_io *io, const struct ane_dims *d, const char *const names[]) {
+    for (int i = 0; i < d->mlp->n; i++) ane_place_below(io, names[i], d->hidden, d->S, ANELLM_ANE_FIELD_ROWS);
 }
 
 struct ane_qkv ane_project_qkv(struct emitter *e, const struct emit_tensor *input, const struct anellm_ane_io *in,
